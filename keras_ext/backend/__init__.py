@@ -1,0 +1,52 @@
+"""The one place that talks to TensorFlow, JAX or PyTorch directly.
+
+Everything else is written in `keras.ops`. What Keras has no neutral form for
+stands here once per backend, under one name:
+
+| function | purpose |
+|---|---|
+| `cond(predicate, true_fn, false_fn, variables)` | run one of two functions that assign to variables |
+| `add_to(variables, tensors)` | `variable += tensor` for many at once, sparse gradients included |
+| `values(gradient)` | the tensor of values that a dense or sparse gradient stores |
+| `map_values(fn, gradient)` | apply an elementwise function to them |
+| `apply_gradients(optimizer, grads, variables)` | one optimizer update that may stand inside `cond` |
+| `merge_replicas(fn, grads, weight)` | call `fn` once with the sums over all replicas |
+| `has_value(variable)` | False where a failed step of the JAX trainer left a variable empty |
+| `num_replicas()` | replicas whose gradients the optimizer has to sum itself |
+
+Only the backend that Keras itself runs on is imported.
+"""
+
+import keras
+
+if keras.backend.backend() == "tensorflow":
+    from keras_ext.backend import tensorflow as _backend
+elif keras.backend.backend() == "jax":
+    from keras_ext.backend import jax as _backend
+elif keras.backend.backend() == "torch":
+    from keras_ext.backend import torch as _backend
+else:
+    raise ImportError(
+        f"keras_ext runs on the tensorflow, jax and torch backends of Keras, got "
+        f"{keras.backend.backend()!r}. Set KERAS_BACKEND to one of them before importing keras."
+    )
+
+cond = _backend.cond
+add_to = _backend.add_to
+values = _backend.values
+map_values = _backend.map_values
+apply_gradients = _backend.apply_gradients
+merge_replicas = _backend.merge_replicas
+num_replicas = _backend.num_replicas
+has_value = _backend.has_value
+
+__all__ = [
+    "add_to",
+    "apply_gradients",
+    "cond",
+    "has_value",
+    "map_values",
+    "merge_replicas",
+    "num_replicas",
+    "values",
+]

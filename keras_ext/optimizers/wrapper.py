@@ -1,0 +1,137 @@
+"""What every optimizer wrapper shares: it owns an inner optimizer and speaks for it."""
+
+import keras
+
+
+class OptimizerWrapper(keras.optimizers.Optimizer):
+    """Base of optimizers that wrap another one, by composition.
+
+    Learning rate, iteration count, loss scaling and end-of-training hooks are the inner
+    optimizer's, so schedules and callbacks see real updates. The attribute is called
+    `inner_optimizer`, as in `keras.optimizers.LossScaleOptimizer`: `SwapEMAWeights` and
+    `TensorBoard` look for that name.
+
+    A subclass creates its own variables in `build` (then calls `super().build`), and
+    defines `apply`, which calls `align` first.
+
+    Args:
+        optimizer: the `keras.optimizers.Optimizer` to wrap, or its name.
+        name: name of the wrapper; default, the class name in snake case.
+
+    Private names of `keras.optimizers.Optimizer` are used in this class only:
+    `_variables` (what this object itself created), `_trainable_variables` (what it was
+    built for), `_get_variable_index` and `_check_variables_are_known`.
+    """
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer | str, name: str | None = None):
+        super().__init__(learning_rate=0.0, name=name)
+        self.inner_optimizer = keras.optimizers.get(optimizer)
+
+    def build(self, variables):
+        super().build(variables)
+        self.inner_optimizer.build(self.inner_variables)
+
+    @property
+    def inner_variables(self) -> list:
+        """The model variables that the inner optimizer updates."""
+        return list(self._trainable_variables)
+
+    @property
+    def own_variables(self) -> list:
+        """The state of this wrapper alone."""
+        return list(self._variables)
+
+    @property
+    def variables(self) -> list:
+        """The whole state. The JAX trainer threads exactly this list through its steps."""
+        return self.own_variables + self.inner_optimizer.variables
+
+    def align(self, grads, trainable_variables=None) -> list:
+        """Build if needed; return one gradient, or None, for every variable built for."""
+        grads = list(grads)
+        if trainable_variables is None:
+            if not self.built:
+                raise ValueError(
+                    f"{type(self).__name__} is not built yet. Pass trainable_variables, or "
+                    "call build(trainable_variables) first."
+                )
+            trainable_variables = self._trainable_variables
+        trainable_variables = list(trainable_variables)
+        if len(grads) != len(trainable_variables):
+            raise ValueError(
+                f"grads has {len(grads)} entries for {len(trainable_variables)} variables. "
+                "Pass one gradient, or None, per variable."
+            )
+        if not self.built:
+            self.build(trainable_variables)
+        self._check_variables_are_known(trainable_variables)
+        aligned = [None] * len(self._trainable_variables)
+        for grad, variable in zip(grads, trainable_variables, strict=True):
+            aligned[self._get_variable_index(variable)] = grad
+        return aligned
+
+    @property
+    def learning_rate(self):
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def iterations(self):
+        """Number of real updates."""
+        return self.inner_optimizer.iterations
+
+    @property
+    def loss_scale_factor(self):
+        return self.inner_optimizer.loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, value):
+        # Keras's constructor sets it before there is an inner optimizer, and
+        # LossScaleOptimizer sets it to None on the optimizer that it wraps.
+        if hasattr(self, "inner_optimizer"):
+            self.inner_optimizer.loss_scale_factor = value
+
+    def scale_loss(self, loss):
+        return self.inner_optimizer.scale_loss(loss)
+
+    def finalize_variable_values(self, var_list):
+        known = {id(v) for v in self.inner_variables}
+        self.inner_optimizer.finalize_variable_values([v for v in var_list if id(v) in known])
+
+    def set_weights(self, weights):
+        for variable, weight in zip(self.variables, weights, strict=True):
+            variable.assign(weight)
+
+    def save_own_variables(self, store):
+        # The inner optimizer is saved as an object of its own; Keras's wrappers, which
+        # store `self.variables` here, write its state twice.
+        for i, variable in enumerate(self.own_variables):
+            store[str(i)] = keras.ops.convert_to_numpy(variable)
+
+    def load_own_variables(self, store):
+        own = self.own_variables
+        if len(store.keys()) != len(own):
+            raise ValueError(
+                f"{type(self).__name__} {self.name!r} has {len(own)} variables of its own, the "
+                f"file holds {len(store.keys())}. Load it with the optimizer and options it "
+                "was saved with, built for the same model."
+            )
+        for i, variable in enumerate(own):
+            variable.assign(store[str(i)])
+
+    def get_config(self):
+        return {
+            "optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)  # Keras hands out a shared dictionary
+        optimizer = keras.saving.deserialize_keras_object(
+            config.pop("optimizer"), custom_objects=custom_objects
+        )
+        return cls(optimizer, **config)

@@ -1,0 +1,1 @@
+"""Independent float64 NumPy references; nothing here imports Keras."""

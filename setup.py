@@ -14,7 +14,7 @@ clue = [*nlp, "matplotlib", "rich"]
 setup(
     name="keras-ext",
     version=version,
-    description="Methods from papers and kexue.fm for Keras 3: optimizers, layers, Transformers",
+    description="Methods of papers and kexue.fm in Keras 3: optimizers, layers, Transformers",
     long_description=(root / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     url="https://github.com/keras-ext/keras-ext",

@@ -5,14 +5,14 @@ stands here once per backend, under one name:
 
 | function | purpose |
 |---|---|
-| `cond(predicate, true_fn, false_fn, variables)` | run one of two functions that assign to variables |
-| `add_to(variables, tensors)` | `variable += tensor` for many at once, sparse gradients included |
+| `cond(predicate, true_fn, false_fn, variables)` | a conditional whose branches assign |
+| `add_to(variables, tensors)` | `variable += tensor` for many, sparse gradients included |
 | `values(gradient)` | the tensor of values that a dense or sparse gradient stores |
 | `map_values(fn, gradient)` | apply an elementwise function to them |
-| `apply_gradients(optimizer, grads, variables)` | one optimizer update that may stand inside `cond` |
+| `apply_gradients(optimizer, grads, variables)` | one update that may stand inside `cond` |
 | `merge_replicas(fn, grads, weight)` | call `fn` once with the sums over all replicas |
-| `has_value(variable)` | False where a failed step of the JAX trainer left a variable empty |
 | `num_replicas()` | replicas whose gradients the optimizer has to sum itself |
+| `has_value(variable)` | False where a failed JAX training step left a variable empty |
 
 Only the backend that Keras itself runs on is imported.
 """

@@ -14,7 +14,8 @@ def cond(predicate, true_fn, false_fn, variables):
     read from its stale eager value.
     """
     if not isinstance(predicate, jax.core.Tracer):
-        return true_fn() if predicate else false_fn()
+        (true_fn if predicate else false_fn)()
+        return
 
     def recorded(fn):
         def run(values):

@@ -5,7 +5,7 @@ import torch
 
 def cond(predicate, true_fn, false_fn, variables):
     """Run `true_fn()` or `false_fn()`; `variables` is what JAX needs to know."""
-    return true_fn() if predicate else false_fn()
+    (true_fn if predicate else false_fn)()
 
 
 @torch.no_grad()

@@ -103,14 +103,14 @@ class AccumOptimizer(OptimizerWrapper):
         while inner is not None:
             if isinstance(inner, AccumOptimizer) or inner.gradient_accumulation_steps:
                 raise ValueError(
-                    f"optimizer {inner.name!r} already accumulates gradients. Set the number of "
-                    "steps in one place: AccumOptimizer(optimizer, accum_steps)."
+                    f"optimizer {inner.name!r} already accumulates gradients. Set the number "
+                    "of steps in one place: AccumOptimizer(optimizer, accum_steps)."
                 )
             if nonfinite == "skip" and isinstance(inner, keras.optimizers.LossScaleOptimizer):
                 raise ValueError(
-                    'nonfinite="skip" keeps overflows from the LossScaleOptimizer inside, whose '
-                    "scale could then never fall. Use LossScaleOptimizer(AccumOptimizer(...)), "
-                    'or nonfinite="propagate".'
+                    'nonfinite="skip" keeps overflows from the LossScaleOptimizer inside, '
+                    "whose scale could then never fall. Put the LossScaleOptimizer outside, "
+                    'or use nonfinite="propagate".'
                 )
             inner = getattr(inner, "inner_optimizer", None)
 
@@ -148,20 +148,18 @@ class AccumOptimizer(OptimizerWrapper):
             trainable_variables: the variables; not needed once the optimizer is built.
             weight: scalar w_i >= 0 of this micro-batch, in any unit; default 1.
         """
-        grads = self.align(grads, trainable_variables)
-        carried = [g for g, v in zip(grads, self._trainable_variables, strict=True)
-                   if v.name == BATCH_WEIGHT and g is not None]  # fmt: skip
-        grads = [g for g, v in zip(grads, self._trainable_variables, strict=True)
-                 if v.name != BATCH_WEIGHT]  # fmt: skip
-        if carried and weight is None:
-            weight = carried[0]
+        pairs = list(
+            zip(self.align(grads, trainable_variables), self._trainable_variables, strict=True)
+        )
+        grads = [g for g, v in pairs if v.name != BATCH_WEIGHT]
+        if weight is None:
+            weight = next((g for g, v in pairs if v.name == BATCH_WEIGHT), None)
         if weight is not None:
             weight = ops.cast(weight, "float32")
             grads = [_scaled(g, weight) for g in grads]
         # Of n replicas each brings 1/n of the gradient but the whole weight of its examples.
-        share = (
-            ops.convert_to_tensor(1.0 if weight is None else weight) / backend.num_replicas()
-        )
+        weight = ops.convert_to_tensor(1.0 if weight is None else weight, "float32")
+        share = weight / backend.num_replicas()
         backend.merge_replicas(self._accumulate, grads, share)
 
     def stateless_apply(self, optimizer_variables, grads, trainable_variables, weight=None):
@@ -169,7 +167,7 @@ class AccumOptimizer(OptimizerWrapper):
 
         Returns: the new values of the trainable variables and of `self.variables`.
         """
-        if weight is None:
+        if weight is None or keras.backend.backend() == "tensorflow":  # where Keras refuses it
             return super().stateless_apply(optimizer_variables, grads, trainable_variables)
         variables = self._trainable_variables + self.variables
         values = [*trainable_variables, *optimizer_variables]

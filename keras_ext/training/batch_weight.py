@@ -66,6 +66,7 @@ class BatchWeightModel(keras.Model):
             optimizer = getattr(optimizer, "inner_optimizer", None)
         if optimizer is None:
             raise ValueError(
-                f"BatchWeightModel needs an AccumOptimizer, got optimizer={self.optimizer.name!r}. "
-                "Compile it with AccumOptimizer(optimizer, accum_steps), or use a keras.Model."
+                "BatchWeightModel needs an AccumOptimizer, got "
+                f"optimizer={self.optimizer.name!r}. Compile it with "
+                "AccumOptimizer(optimizer, accum_steps), or use a keras.Model."
             )

@@ -82,7 +82,7 @@ def run(optimizer, problem, gradients, **arguments):
     return [ops.convert_to_numpy(v).astype("float64") for v in variables]
 
 
-# --- the invariant: 3 updates of 4 micro-batches of 4 rows = 3 batches of 16 rows ------------
+# --- the invariant: 3 updates of 4 micro-batches of 4 rows = 3 batches of 16 rows
 
 
 @pytest.mark.parametrize("mode", ["eager", "xla"])
@@ -154,7 +154,7 @@ def test_first_adam_step_moves_every_used_token_by_the_learning_rate():
     np.testing.assert_allclose(np.abs(after - before), LR, rtol=1e-4)
 
 
-# --- what sees updates and not micro-batches ----------------------------------------------------
+# --- what sees updates and not micro-batches
 
 
 def test_state_is_constant_inside_a_cycle():
@@ -239,7 +239,7 @@ def test_absent_gradients_reach_the_inner_optimizer_as_absent():
     assert ops.convert_to_numpy(used) < [1.0]
 
 
-# --- unequal micro-batches ----------------------------------------------------------------------
+# --- unequal micro-batches
 
 
 def test_weights_make_unequal_micro_batches_exact():
@@ -312,7 +312,7 @@ def test_batch_weight_model_needs_an_accum_optimizer():
         fit(model, problem, keras.optimizers.Adam(), 8)
 
 
-# --- unfinished cycles --------------------------------------------------------------------------
+# --- unfinished cycles
 
 
 @pytest.mark.parametrize("remainder", ["apply", "carry", "drop"])
@@ -361,7 +361,7 @@ def test_the_error_of_a_failing_step_is_not_hidden():
         model.fit(problem.x, problem.y, verbose=0)
 
 
-# --- non-finite micro-batches -------------------------------------------------------------------
+# --- non-finite micro-batches
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -402,7 +402,7 @@ def test_propagate_poisons_one_update_and_leaves_the_accumulators_clean():
     np.testing.assert_allclose(ops.convert_to_numpy(variable), [-3.0])
 
 
-# --- precision and loss scaling -----------------------------------------------------------------
+# --- precision and loss scaling
 
 
 def test_accumulates_in_float32_under_bfloat16_weights():
@@ -466,7 +466,7 @@ def test_mixed_float16_compiles_and_trains():
     assert {a.dtype for a in optimizer.accumulators} == {"float32"}
 
 
-# --- saving -------------------------------------------------------------------------------------
+# --- saving
 
 
 class StopAfter(keras.callbacks.Callback):
@@ -586,7 +586,7 @@ def test_set_weights_sets_the_inner_state_too():
         np.testing.assert_array_equal(ops.convert_to_numpy(x), ops.convert_to_numpy(y))
 
 
-# --- refusals -----------------------------------------------------------------------------------
+# --- refusals
 
 
 @pytest.mark.parametrize(

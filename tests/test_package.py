@@ -1,0 +1,113 @@
+"""What holds for the repository as a whole: imports, the public address, private names."""
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+import keras_ext
+
+ROOT = Path(__file__).resolve().parents[1]
+BACKENDS = {"tensorflow", "jax", "torch"}
+
+
+def run_python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_import_adds_no_backend_to_those_of_keras():
+    names = "sorted({'tensorflow', 'jax', 'torch'} & set(sys.modules))"
+    code = f"import sys, keras; before = {names}; import keras_ext; print(before == {names})"
+    assert run_python(code) == "True"
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch is that backend")
+def test_works_where_other_backends_are_not_installed():
+    others = BACKENDS - {keras.backend.backend()}
+    block = f"import sys; sys.modules.update(dict.fromkeys({sorted(others)}))"
+    if keras.backend.backend() == "jax" and importlib.util.find_spec("tensorflow"):
+        pytest.skip("Keras's JAX trainer itself uses TensorFlow where it is installed")
+    code = (
+        f"{block}; import keras_ext; print(keras_ext.optimizers.AccumOptimizer('sgd', 2).name)"
+    )
+    assert run_python(code) == "accum_optimizer"
+
+
+def test_an_unknown_backend_is_refused():
+    code = (
+        "import keras; keras.backend.backend = lambda: 'abacus'\n"
+        "try:\n    import keras_ext\nexcept ImportError as error:\n    print(error)"
+    )
+    assert "got 'abacus'. Set KERAS_BACKEND" in run_python(code)
+
+
+def test_only_the_backend_package_imports_a_backend_and_nothing_imports_keras_src():
+    for path in (ROOT / "keras_ext").rglob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        imported = {
+            name
+            for node in nodes
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for name in [getattr(node, "module", None) or "", *(a.name for a in node.names)]
+        }
+        assert not [name for name in imported if name.startswith("keras.src")], path
+        if path.parent.name != "backend":
+            assert not {name.split(".")[0] for name in imported} & BACKENDS, path
+
+
+def test_private_names_of_the_optimizer_are_used_in_one_place_and_exist():
+    private = ["_variables", "_trainable_variables", "_get_variable_index"]
+    private += ["_check_variables_are_known"]
+    optimizer = keras.optimizers.SGD()
+    optimizer.build([keras.Variable([0.0])])
+    for name in private:
+        assert hasattr(optimizer, name)
+    assert hasattr(keras.Variable([0.0]), "_value")
+
+
+def test_the_public_address_is_that_of_setup():
+    url = re.search(r'url="(.+?)"', (ROOT / "setup.py").read_text(encoding="utf-8"))[1]
+    owner = url.removeprefix("https://github.com/")
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("*/**/*.md"), *ROOT.glob("notebooks/*.ipynb")]
+    texts = [
+        path.read_text(encoding="utf-8") for path in documents if ".venv" not in path.parts
+    ]
+    links = [m for text in texts for m in re.findall(r"github\.com/([\w.-]+/keras-ext)", text)]
+    assert links
+    assert set(links) == {owner}
+    for path in ROOT.glob("notebooks/*.ipynb"):
+        assert owner in json.dumps(json.loads(path.read_text(encoding="utf-8")))
+
+
+def test_both_readmes_say_the_same():
+    english, chinese = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md")
+    )
+    for pattern in (r"^```.*?^```$", r"\]\((?!README)[^)]+\)", r"^\|"):
+        found = [re.findall(pattern, text, re.M | re.S) for text in (english, chinese)]
+        strip = [[re.sub(r"#.*", "", item) for item in items] for items in found]
+        assert strip[0] == strip[1], pattern
+
+
+def test_every_public_name_has_a_docstring_with_an_example():
+    for part in map(keras_ext.__dict__.get, keras_ext.__all__):
+        for name in part.__all__:
+            thing = getattr(part, name)
+            assert thing.__doc__, name
+            if name not in {"OptimizerWrapper", "Encoding", "CheckpointReport"}:
+                assert ">>>" in thing.__doc__, name

@@ -190,13 +190,22 @@ class AccumOptimizer(OptimizerWrapper):
         present = [i for i in range(len(grads)) if i not in absent]
         seen_before = self._never_had_gradient
         self._never_had_gradient = absent if seen_before is None else seen_before & absent
-        backend.add_to([self.accumulators[i] for i in present], [grads[i] for i in present])
         self.weight_sum.assign_add(weight)
         self.micro_step.assign_add(count)
+
+        # The addition stands in both branches: so XLA neither copies the accumulators into
+        # the conditional nor writes them twice in an update.
+        def accumulate():
+            backend.add_to([self.accumulators[i] for i in present], [grads[i] for i in present])
+
+        def accumulate_and_update():
+            accumulate()
+            self._update()
+
         backend.cond(
             self.micro_step >= self.accum_steps,
-            self._update,
-            lambda: None,
+            accumulate_and_update,
+            accumulate,
             variables=self.inner_variables + self.variables,
         )
 

@@ -1,4 +1,4 @@
-"""One contract for all public optimizers. A new optimizer adds a row, its mathematics elsewhere.
+"""One contract for all public optimizers; a new one adds a row, its mathematics elsewhere.
 
 The reference is float64 NumPy, so TensorFlow, JAX and PyTorch agree with each other as well.
 """

@@ -1,0 +1,84 @@
+"""Tokenizer and encoder: of a pretrained model's directory, or small ones from scratch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import keras
+from data import TaskData
+from errors import UserError
+from settings import Settings
+
+from keras_ext.models import build_transformer_model
+from keras_ext.text import WordPieceTokenizer, build_vocabulary
+
+HEAD_SIZE = 64  # width of an attention head from scratch, as in BERT
+
+
+def build(
+    config: dict[str, Any], settings: Settings, data: TaskData
+) -> tuple[WordPieceTokenizer, keras.Model]:
+    """The tokenizer, and the model `[token_ids, segment_ids]` -> (batch, length, hidden).
+
+    Raises:
+        UserError: files are missing, or do not fit each other.
+    """
+    lowercase = False if config["cased"] else None
+    try:
+        if config["model"] is None:
+            return _from_scratch(config["vocab"], lowercase, settings, data)
+        return _pretrained(Path(config["model"]), lowercase, settings)
+    except (OSError, ValueError) as error:
+        # Causes are told over several lines where there are several.
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def _pretrained(
+    directory: Path, lowercase: bool | None, settings: Settings
+) -> tuple[WordPieceTokenizer, keras.Model]:
+    sizes_file = _first_of(directory, "bert_config.json", "config.json")
+    sizes = json.loads(sizes_file.read_text(encoding="utf-8"))
+    vocabulary = _first_of(directory, "tokenizer.json", "vocab.txt")
+    tokenizer = WordPieceTokenizer(vocabulary, lowercase)
+    encoder = build_transformer_model(
+        sizes, directory, dropout=settings.dropout, attention_dropout=settings.dropout
+    )
+    if len(tokenizer.vocabulary) > sizes["vocab_size"]:
+        raise ValueError(
+            f"{vocabulary} has {len(tokenizer.vocabulary)} tokens, but vocab_size in "
+            f"{sizes_file} is {sizes['vocab_size']}: put the vocabulary of the model there."
+        )
+    if settings.max_length > sizes.get("max_position_embeddings", 512):
+        raise ValueError(
+            f"--max-length {settings.max_length} exceeds max_position_embeddings "
+            f"{sizes['max_position_embeddings']} in {sizes_file}: give at most that."
+        )
+    return tokenizer, encoder
+
+
+def _from_scratch(
+    vocabulary: str | None, lowercase: bool | None, settings: Settings, data: TaskData
+) -> tuple[WordPieceTokenizer, keras.Model]:
+    tokens = vocabulary or build_vocabulary(data.train.texts, lowercase=lowercase is None)
+    tokenizer = WordPieceTokenizer(tokens, lowercase)
+    sizes = {
+        "vocab_size": len(tokenizer.vocabulary),
+        "hidden_size": settings.hidden,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": max(1, settings.hidden // HEAD_SIZE),
+        "intermediate_size": 4 * settings.hidden,
+        "max_position_embeddings": settings.max_length,
+        "hidden_dropout_prob": settings.dropout,
+        "attention_probs_dropout_prob": settings.dropout,
+    }
+    return tokenizer, build_transformer_model(sizes)
+
+
+def _first_of(directory: Path, *names: str) -> Path:
+    for name in names:
+        if (directory / name).is_file():
+            return directory / name
+    raise FileNotFoundError(
+        f"{directory} holds neither {' nor '.join(names)}: "
+        "give the directory of a pretrained BERT by --model."
+    )

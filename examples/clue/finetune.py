@@ -1,0 +1,144 @@
+"""Train a task, keep the best epoch, write its submission files."""
+
+import importlib
+from typing import Any
+
+import encoder
+import keras
+import numpy as np
+from data import TaskData
+from progress import EpochProgress
+from record import Record
+from rich.console import Console
+from run_directory import RunDirectory
+from schedule import WarmupDecay
+from settings import Settings
+
+from keras_ext.optimizers import AccumOptimizer
+from keras_ext.text import BucketedBatches, WordPieceTokenizer, choose_lengths
+from keras_ext.training import BatchWeightModel
+
+OPTIMIZERS = {
+    "adamw": keras.optimizers.AdamW,
+    "adafactor": keras.optimizers.Adafactor,
+    "lamb": keras.optimizers.Lamb,
+    "lion": keras.optimizers.Lion,
+}
+
+
+def finetune(
+    task, config: dict[str, Any], settings: Settings, data: TaskData, run: RunDirectory
+) -> dict[str, Any]:
+    """Train, or go on training, and write all results; the figures of the best epoch.
+
+    Args:
+        task: the module of the task.
+        config: the model, the vocabulary, the seed and `jit_compile`.
+        settings: how to train.
+        data: the files of the task.
+        run: the directory to write to, which may hold a state to continue from.
+    """
+    keras.utils.set_random_seed(config["seed"])
+    head = importlib.import_module(task.HEAD)
+    tokenizer, trunk = encoder.build(config, settings, data)
+    run.create(tokenizer.vocabulary)
+    train, dev, *tests = make_batches(tokenizer, head, data, settings, config["seed"])
+    inputs, outputs = head.build_model(trunk, data, settings)
+    # Micro-batches weigh by their real rows: the last one of an epoch has fewer.
+    model_class = keras.Model if settings.accum == 1 else BatchWeightModel
+    model = model_class(inputs, outputs, name=task.__name__)
+    model.compile(
+        make_optimizer(settings, batches=len(train)),
+        jit_compile=resolve_jit(config["jit_compile"]),
+        **head.compile_arguments(settings),
+    )
+    record = Record(run, lambda model: head.score(predict(model, dev), data.dev))
+    train_model(model, train, settings, record)
+    model.load_weights(run / "best.weights.h5")
+    for (name, split), batches in zip(data.tests.items(), tests, strict=True):
+        labels = head.predictions(predict(model, batches), data)
+        lines = map(task.submission_line, split.ids, labels)
+        run.write_text(name, "".join(f"{line}\n" for line in lines))
+    run.write_json("result.json", record.best)
+    return record.best
+
+
+def train_model(
+    model: keras.Model, train: BucketedBatches, settings: Settings, record: Record
+) -> None:
+    """`fit`, from where the record's state stands."""
+    model.optimizer.build(model.trainable_variables)
+    record.restore(model)
+    console, done = Console(), len(record.history)
+    console.print(
+        f"{model.count_params():,} weights, {len(train.token_ids):,} examples, "
+        f"{len(train)} batches an epoch of lengths {', '.join(map(str, train.lengths))}"
+        + (f", continuing after epoch {done}" if done else ""),
+        highlight=False,
+        soft_wrap=True,
+    )
+    if done == settings.epochs:
+        return
+    order = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: train.set_epoch(epoch)
+    )
+    examples = len(train.token_ids)
+    with EpochProgress(console, settings.epochs, examples, record.history) as progress:
+        model.fit(
+            train,
+            epochs=settings.epochs,
+            initial_epoch=done,
+            shuffle=False,  # the batches come shuffled, by seed and epoch
+            verbose=0,
+            callbacks=[order, record, progress],
+        )
+
+
+def make_batches(
+    tokenizer: WordPieceTokenizer, head, data: TaskData, settings: Settings, seed: int
+) -> list[BucketedBatches]:
+    """Shuffled train, dev, and every test, all of the same few lengths."""
+    encoded = [
+        tokenizer.encode_batch(s.texts, max_length=settings.max_length) for s in data.splits
+    ]
+    token_ids = [[encoding.token_ids for encoding in split] for split in encoded]
+    lengths = choose_lengths([len(row) for split in token_ids for row in split])
+    common = {"batch_size": settings.batch_size, "lengths": lengths}
+    labels = head.targets(data.train, data)
+    train = BucketedBatches(token_ids[0], labels, seed=seed, **common)
+    return [train, *(BucketedBatches(rows, **common) for rows in token_ids[1:])]
+
+
+def make_optimizer(settings: Settings, batches: int) -> AccumOptimizer:
+    """The optimizer and schedule for `batches` batches an epoch."""
+    updates = settings.epochs * batches // settings.accum
+    rate = WarmupDecay(
+        settings.learning_rate,
+        total=updates,
+        warmup=int(settings.warmup * updates),
+        kind=settings.schedule,
+    )
+    optimizer = OPTIMIZERS[settings.optimizer](rate, weight_decay=settings.weight_decay or None)
+    optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
+    # Also for one batch an update: on TensorFlow it gives Adam the right gradient of tokens
+    # that occur more than once. What is left over at the end is not used: the weights that
+    # count were saved before.
+    return AccumOptimizer(optimizer, settings.accum, remainder="drop")
+
+
+def predict(model: keras.Model, batches: BucketedBatches) -> np.ndarray:
+    """Outputs in the order of the file, without padded rows."""
+    return batches.restore(model.predict(batches, verbose=0))
+
+
+def resolve_jit(choice: str) -> bool:
+    """Whether to compile by XLA. "auto": on JAX, and on TensorFlow where there is a GPU.
+
+    On a CPU TensorFlow's own graph is as fast, and compiles in seconds where XLA takes
+    minutes for five lengths. (Keras's "auto" asks for XLA there.)
+    """
+    if choice != "auto":
+        return choice == "on"
+    if keras.backend.backend() == "tensorflow":
+        return bool(keras.distribution.list_devices("gpu"))
+    return keras.backend.backend() == "jax"

@@ -1,0 +1,63 @@
+"""What a run shows: a bar that moves where there is a terminal, a line an epoch everywhere."""
+
+import keras
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+
+class EpochProgress(keras.callbacks.Callback):
+    """Show the epochs of `fit`. Use it as a context, so that the bar is gone on errors.
+
+    Args:
+        console: where to print.
+        epochs: number of epochs.
+        examples: training examples of an epoch.
+        history: the list that gets the figures of every epoch before this callback runs.
+    """
+
+    def __init__(self, console: Console, epochs: int, examples: int, history: list[dict]):
+        super().__init__()
+        self.console, self.epochs, self.examples = console, epochs, examples
+        self.history = history
+        self.bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("", epoch=1, epochs=epochs, loss=float("nan"))
+
+    def __enter__(self):
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error):
+        self.bar.stop()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.bar.reset(self.task, total=self.params["steps"], epoch=epoch + 1)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.bar.update(self.task, completed=batch + 1, loss=float(logs["crossentropy"]))
+
+    def on_epoch_end(self, epoch, logs=None):
+        figures = self.history[-1]
+        best = max(figures["dev_accuracy"] for figures in self.history)
+        self.console.print(
+            f"epoch {epoch + 1}/{self.epochs}  loss {figures['loss']:.3f}  "
+            f"dev loss {figures['dev_loss']:.3f}  "
+            f"dev accuracy {figures['dev_accuracy']:.2%} (best {best:.2%})  "
+            f"{figures['seconds']:.1f} s, {self.examples / figures['seconds']:,.0f} examples/s",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,158 @@
+"""Fine-tune on a CLUE task, from the official files to the submission files.
+
+    python examples/clue/run.py tnews --data path/to/tnews --model path/to/bert
+    python examples/clue/run.py tnews                    # bundled sample, small encoder
+
+Exit status: 0 done, 1 the machine failed (full disk), 2 a mistake in the call or the data,
+130 interrupted. A run that was interrupted goes on by the same command with --resume.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from errors import UserError
+from run_directory import RunDirectory, read_config
+from settings import TASKS, Settings, add_flags, resolve
+
+SAMPLE = Path(__file__).resolve().parent / "sample"
+BACKENDS = ("tensorflow", "jax", "torch")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    try:
+        run_task(vars(make_parser().parse_args(argv)))
+    except UserError as error:
+        return fail(2, f"{error}")
+    except ImportError as error:
+        return fail(2, f"{error}: pip install 'keras-ext[clue]' and the backend")
+    except OSError as error:
+        return fail(1, f"{error}: when that is mended, the same command with --resume goes on")
+    except KeyboardInterrupt:
+        return fail(130, "interrupted: the same command with --resume goes on")
+    return 0
+
+
+def run_task(given: dict[str, Any]) -> None:
+    """Check all that needs no Keras, then train.
+
+    Args:
+        given: the command line; flags that were not given are absent.
+    """
+    output, resume = given.pop("output", None), given.pop("resume")
+    stored = read_config(output) if resume and output else None
+    config = make_config(given) if stored is None else {**stored, **absolute(given)}
+    output = output or default_output(config)
+    run = RunDirectory(output, config, resume)
+    if run.result is not None:
+        print(f"{output} holds this run, finished: {summary(run.result)}")
+        return
+    task = importlib.import_module(config["task"])
+    data = task.load(Path(config["data"]))
+    if Path(config["data"]) == SAMPLE / config["task"]:
+        print(
+            f"no --data given: this is the bundled sample, {len(data.train)} sentences written "
+            "for this repository; its figures say nothing about CLUE"
+        )
+    select_backend(config["backend"])
+    from finetune import finetune  # imports Keras, so only now that its backend is chosen
+
+    settings = Settings(**{field.name: config[field.name] for field in fields(Settings)})
+    print(summary(finetune(task, config, settings, data, run)))
+    print(f"files in {output}: {', '.join(sorted(file.name for file in output.iterdir()))}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """One flag for what a run reads and writes each, and one for every setting."""
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("task", choices=TASKS)
+    add("--data", help="directory of the official files (default: the bundled sample)")
+    add("--model", help="directory of a pretrained BERT: configuration, vocabulary, checkpoint")
+    add("--vocab", help="vocabulary from scratch (default: made from the training texts)")
+    add("--cased", action="store_true", help="keep case and accents of a vocab.txt")
+    add("--output", type=Path, help="run directory (default: runs/TASK-HASH OF THE FLAGS)")
+    add("--resume", action="store_true", default=False, help="go on with a run that was ended")
+    add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND, otherwise tensorflow")
+    add("--seed", type=int, help="of weights, dropout and order (default: 0)")
+    add("--jit-compile", choices=("auto", "on", "off"), help="XLA (default: auto)")
+    add_flags(parser)
+    return parser
+
+
+def make_config(given: dict[str, Any]) -> dict[str, Any]:
+    """All that determines a run: what was given, completed by the defaults."""
+    task, model = given["task"], given.get("model")
+    scratch_only = [name for name in ("vocab", "layers", "hidden") if name in given]
+    if model and scratch_only:
+        raise UserError(
+            f"--{scratch_only[0]} is for encoders from scratch: leave out that or --model"
+        )
+    start = "pretrained" if model else "scratch" if "data" in given else "sample"
+    defaults = {
+        "data": str(SAMPLE / task),
+        "model": None,
+        "vocab": None,
+        "cased": False,
+        "backend": os.environ.get("KERAS_BACKEND", "tensorflow"),
+        "seed": 0,
+        "jit_compile": "auto",
+    }
+    names = {field.name for field in fields(Settings)}
+    settings = resolve(task, start, {name: given[name] for name in names & given.keys()})
+    return {**defaults, **asdict(settings), **absolute(given)}
+
+
+def absolute(given: dict[str, Any]) -> dict[str, Any]:
+    """The same with absolute paths: a run may be resumed from another directory."""
+    paths = {"data", "model", "vocab"} & given.keys()
+    return {**given, **{name: str(Path(given[name]).resolve()) for name in paths}}
+
+
+def default_output(config: dict[str, Any]) -> Path:
+    """The same configuration gives the same directory, so that it can be resumed."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    return Path("runs") / f"{config['task']}-{digest[:8]}"
+
+
+def select_backend(name: str) -> None:
+    """Set the backend of Keras, which is read when Keras is imported."""
+    if "keras" in sys.modules and sys.modules["keras"].backend.backend() != name:
+        raise UserError(f"Keras has another backend than {name} already: start a new process")
+    os.environ["KERAS_BACKEND"] = name
+    # Sums in a fixed order: a resumed run ends as an undisturbed one.
+    os.environ.setdefault("TF_DETERMINISTIC_OPS", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The figures of the best epoch in words."""
+    return f"dev accuracy {result['dev_accuracy']:.2%} at epoch {result['epoch']}"
+
+
+def fail(status: int, message: str) -> int:
+    """Print one line to standard error; the exit status."""
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises where argparse prints the usage and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see run.py --help)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

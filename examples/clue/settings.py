@@ -1,0 +1,88 @@
+"""What a run is made of: one dataclass of settings, one table of defaults by task.
+
+Every field of `Settings` is a flag of run.py (`learning_rate` is `--learning-rate`), and a
+flag given wins over the table.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from errors import UserError
+
+OPTIMIZERS = ("adamw", "adafactor", "lamb", "lion")
+POOLINGS = ("first", "mean", "max")
+SCHEDULES = ("constant", "linear", "cosine")
+
+LEAST = {
+    "max_length": 2,
+    "batch_size": 1,
+    "accum": 1,
+    "epochs": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "layers": 1,
+    "hidden": 1,
+}
+PARTS = ("warmup", "dropout", "head_dropout", "label_smoothing")
+
+
+def _flag(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a task is trained. The defaults are those of BERT's authors for fine-tuning."""
+
+    max_length: int = _flag(128, "tokens of an example, special ones included")
+    batch_size: int = _flag(32, "examples of a batch")
+    accum: int = _flag(1, "batches of an update")
+    epochs: int = _flag(3, "passes over the training examples")
+    optimizer: str = _flag("adamw", "optimizer", OPTIMIZERS)
+    learning_rate: float = _flag(2e-5, "highest learning rate")
+    schedule: str = _flag("linear", "how the rate falls after the warm-up", SCHEDULES)
+    warmup: float = _flag(0.1, "part of the updates in which the rate rises from zero")
+    weight_decay: float = _flag(0.01, "decoupled decay of kernels and embeddings")
+    dropout: float = _flag(0.1, "dropout rate inside the encoder")
+    head_dropout: float = _flag(0.0, "dropout rate before the classifier")
+    pooling: str = _flag("first", "the last layer's [CLS], mean or max", POOLINGS)
+    label_smoothing: float = _flag(0.0, "probability spread over all classes")
+    layers: int = _flag(2, "layers of an encoder from scratch")
+    hidden: int = _flag(128, "width of an encoder from scratch")
+
+    def __post_init__(self):
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in PARTS:
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+SCRATCH = {"learning_rate": 1e-3, "pooling": "mean", "head_dropout": 0.1}
+
+# (task, where the encoder comes from) -> what differs from the defaults.
+TABLE: dict[tuple[str, str], dict[str, Any]] = {
+    ("tnews", "pretrained"): {},
+    ("tnews", "scratch"): {**SCRATCH, "batch_size": 64},
+    # A few hundred sentences: smaller batches, more passes.
+    ("tnews", "sample"): {**SCRATCH, "batch_size": 16, "epochs": 12},
+}
+
+TASKS = tuple(dict.fromkeys(task for task, _ in TABLE))
+
+
+def resolve(task: str, start: str, given: dict[str, Any]) -> Settings:
+    """The settings of a run: defaults, then the table, then the flags given."""
+    return Settings(**{**TABLE[task, start], **given})
+
+
+def add_flags(parser) -> None:
+    """One flag for every field."""
+    for item in fields(Settings):
+        parser.add_argument(
+            "--" + item.name.replace("_", "-"),
+            type=type(item.default),
+            choices=item.metadata["choices"],
+            help=f"{item.metadata['help']} (default: by task, otherwise {item.default})",
+        )

@@ -1,0 +1,1 @@
+"""Attention mechanisms, one a file; the public names stand in `keras_ext.layers`."""

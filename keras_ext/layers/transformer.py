@@ -1,0 +1,179 @@
+"""The Transformer block and its position-wise feed-forward layer.
+
+    h = LayerNorm(x + Dropout(Attention(x, x)))
+    y = LayerNorm(h + Dropout(FeedForward(h)))
+
+This is the post-norm form of the original Transformer and of BERT.
+
+Source: Vaswani et al. 2017, arXiv 1706.03762; kexue.fm/archives/8620.
+"""
+
+from typing import Any
+
+import keras
+
+
+@keras.saving.register_keras_serializable(package="keras_ext")
+def gelu_tanh(x: Any) -> Any:
+    """The tanh approximation of GELU, off the exact one by up to 5e-4.
+
+        x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))
+
+    Example:
+        >>> keras.layers.Dense(8, activation=gelu_tanh)
+
+    Source: Hendrycks & Gimpel 2016, arXiv 1606.08415.
+    """
+    return keras.activations.gelu(x, approximate=True)
+
+
+@keras.saving.register_keras_serializable(package="keras_ext")
+class FeedForward(keras.layers.Layer):
+    """Two dense layers at every position; the output has the width of the input.
+
+        y = activation(x W₁ + b₁) W₂ + b₂
+
+    Args:
+        units: width between the two layers.
+        activation: of the first layer. Default: "gelu" (exact, by erf).
+        kernel_initializer: of both layers. Default: "glorot_uniform".
+
+    Call arguments:
+        inputs: (..., width). The output is like it.
+
+    Example:
+        >>> FeedForward(units=64)(keras.ops.zeros((2, 5, 16))).shape
+        (2, 5, 16)
+    """
+
+    def __init__(
+        self,
+        units: int,
+        activation: Any = "gelu",
+        kernel_initializer: Any = "glorot_uniform",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.units = units
+        self.activation = keras.activations.get(activation)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.intermediate_dense = self._dense("intermediate_dense", units, self.activation)
+
+    def _dense(self, name: str, units: int, activation: Any = None) -> keras.layers.Dense:
+        return keras.layers.Dense(
+            units,
+            activation=activation,
+            kernel_initializer=self.kernel_initializer.clone(),
+            name=name,
+            dtype=self.dtype_policy,
+        )
+
+    def build(self, inputs_shape: tuple) -> None:
+        self.output_dense = self._dense("output_dense", inputs_shape[-1])
+        self.intermediate_dense.build(inputs_shape)
+        self.output_dense.build((*inputs_shape[:-1], self.units))
+
+    def call(self, inputs: Any) -> Any:
+        return self.output_dense(self.intermediate_dense(inputs))
+
+    def compute_output_shape(self, inputs_shape: tuple) -> tuple:
+        return inputs_shape
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "units": self.units,
+            "activation": keras.activations.serialize(self.activation),
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_ext")
+class TransformerBlock(keras.layers.Layer):
+    """A post-norm Transformer block around any attention and any feed-forward layer.
+
+    Sublayers: those given, `attention_norm` and `feed_forward_norm`.
+
+    Args:
+        attention: layer called as `attention(x, x)`, with `attention_mask=` where the block
+            is; it finds the padding as the Keras mask of x.
+        feed_forward: layer called as `feed_forward(h)`.
+        dropout: rate of dropout on the output of either. Default: 0.
+        epsilon: of the layer norms. Default: 1e-12.
+
+    Call arguments:
+        inputs: (batch, length, width). The output is like it.
+        attention_mask: boolean, passed to `attention`; True = attend. Default: None.
+
+    Example:
+        >>> block = TransformerBlock(MultiHeadAttention(4, 8), FeedForward(64), dropout=0.1)
+        >>> block(keras.ops.zeros((2, 5, 32))).shape
+        (2, 5, 32)
+    """
+
+    def __init__(
+        self,
+        attention: keras.layers.Layer,
+        feed_forward: keras.layers.Layer,
+        dropout: float = 0.0,
+        epsilon: float = 1e-12,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.attention = attention
+        self.feed_forward = feed_forward
+        self.dropout = dropout
+        self.epsilon = epsilon
+        self.attention_norm = self._norm("attention_norm")
+        self.feed_forward_norm = self._norm("feed_forward_norm")
+        self.dropout_layer = keras.layers.Dropout(
+            dropout, name="dropout", dtype=self.dtype_policy
+        )
+
+    def _norm(self, name: str) -> keras.layers.LayerNormalization:
+        return keras.layers.LayerNormalization(
+            epsilon=self.epsilon, name=name, dtype=self.dtype_policy
+        )
+
+    def build(self, inputs_shape: tuple) -> None:
+        inputs = keras.KerasTensor(inputs_shape, dtype=self.compute_dtype)
+        self.attention(inputs, inputs)  # a call builds any layer, whatever its `build` takes
+        self.feed_forward(inputs)
+        self.attention_norm.build(inputs_shape)
+        self.feed_forward_norm.build(inputs_shape)
+
+    def call(
+        self, inputs: Any, attention_mask: Any = None, training: bool | None = None
+    ) -> Any:
+        pattern = {} if attention_mask is None else {"attention_mask": attention_mask}
+        x = self.attention(inputs, inputs, **pattern)
+        x = self.attention_norm(inputs + self.dropout_layer(x, training=training))
+        y = self.feed_forward(x)
+        return self.feed_forward_norm(x + self.dropout_layer(y, training=training))
+
+    def compute_output_shape(self, inputs_shape: tuple) -> tuple:
+        return inputs_shape
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "attention": _serialize_unbuilt(self.attention),
+            "feed_forward": _serialize_unbuilt(self.feed_forward),
+            "dropout": self.dropout,
+            "epsilon": self.epsilon,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "TransformerBlock":
+        layers = ("attention", "feed_forward")
+        built = {name: keras.saving.deserialize_keras_object(config[name]) for name in layers}
+        return cls(**{**config, **built})
+
+
+def _serialize_unbuilt(layer: keras.layers.Layer) -> dict[str, Any]:
+    # Rebuilt by the block, its weights get the block's name in their paths, which checkpoint
+    # tables rely on; rebuilt by itself, they would not.
+    config = keras.saving.serialize_keras_object(layer)
+    return {key: value for key, value in config.items() if key != "build_config"}

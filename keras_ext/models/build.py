@@ -1,0 +1,119 @@
+"""Build a Transformer by its configuration file and load its checkpoint.
+
+Each family of models is one file: how its configuration is read, what it is built of, and how
+its weights are named in checkpoints.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from keras_ext.models.bert import BERT
+from keras_ext.models.checkpoints import CheckpointReport, load_weights
+
+FAMILIES = {"bert": BERT}
+
+CONFIG_FILES = ("bert_config.json", "config.json")
+
+
+def build_transformer_model(
+    config: str | os.PathLike | Mapping[str, Any],
+    checkpoint: str | os.PathLike | None = None,
+    model: str = "bert",
+    *,
+    with_mlm: bool = False,
+    with_nsp: bool = False,
+    with_pool: bool = False,
+    dropout: float | None = None,
+    attention_dropout: float | None = None,
+) -> keras.Model:
+    """Build a Transformer encoder as a functional Keras model and load its checkpoint.
+
+    The model maps `[token_ids, segment_ids]`, int32 of (batch, length), where token id 0 is
+    padding and masked, to the last hidden states (batch, length, hidden), or to a list: those,
+    then the outputs of the heads asked for, in the order of the arguments.
+
+    Args:
+        config: a JSON file, a directory with `bert_config.json` or `config.json`, or a dict.
+        checkpoint: prefix or directory of a TensorFlow checkpoint, or directory of a Hugging
+            Face model with safetensors. Default: fresh weights.
+        model: the family: "bert".
+        with_mlm: add the logits of the masked language model, (batch, length, vocabulary).
+        with_nsp: add the logits of next-sentence prediction, (batch, 2).
+        with_pool: add the pooled first token, (batch, hidden).
+        dropout: rate on embeddings and sublayer outputs. Default: that of the configuration.
+        attention_dropout: rate on attention weights. Default: that of the configuration.
+
+    Returns:
+        A `keras.Model`; with a checkpoint, `model.checkpoint_report` tells what became of every
+        variable and weight. Weights that the checkpoint lacks are warned about.
+
+    Raises:
+        ValueError: the family is unknown, the configuration incomplete or not of this family,
+            or the checkpoint does not fit.
+        FileNotFoundError: configuration or checkpoint is absent.
+
+    Example:
+        >>> directory = "chinese_L-12_H-768_A-12"
+        >>> bert = build_transformer_model(directory, directory, with_pool=True)
+        >>> hidden, pooled = bert.predict([token_ids, segment_ids])
+    """
+    family = _family(model).from_config(_read_config(config))
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": attention_dropout}
+    given = {name: rate for name, rate in rates.items() if rate is not None}
+    family = dataclasses.replace(family, **given)
+    transformer = family.build(with_mlm=with_mlm, with_nsp=with_nsp, with_pool=with_pool)
+    if checkpoint is not None:
+        transformer.checkpoint_report = load_weights(transformer, checkpoint, family.names)
+    return transformer
+
+
+def load_checkpoint(
+    model: keras.Model, checkpoint: str | os.PathLike, family: str = "bert"
+) -> CheckpointReport:
+    """Load a checkpoint into a model that was built here, or around one that was.
+
+    Weights are found by the names of their layers, so further layers may have been added.
+
+    Args:
+        model: the model; nothing of it is changed where an error is raised.
+        checkpoint: as in `build_transformer_model`.
+        family: whose names the weights have. Default: "bert".
+
+    Returns:
+        The `CheckpointReport` of everything loaded, ignored and fresh.
+
+    Raises:
+        ValueError: shapes differ, nothing fits, or the family is unknown.
+        FileNotFoundError: the checkpoint is absent.
+
+    Example:
+        >>> bert = build_transformer_model("bert_config.json")
+        >>> print(load_checkpoint(bert, "bert_model.ckpt"))
+    """
+    return load_weights(model, checkpoint, _family(family).names)
+
+
+def _family(name: str) -> type[BERT]:
+    if name not in FAMILIES:
+        raise ValueError(f"Unknown family {name!r}. Known: {', '.join(sorted(FAMILIES))}.")
+    return FAMILIES[name]
+
+
+def _read_config(config: str | os.PathLike | Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(config, Mapping):
+        return config
+    path = Path(config)
+    if path.is_dir():
+        present = [path / name for name in CONFIG_FILES if (path / name).is_file()]
+        if not present:
+            raise FileNotFoundError(f"{path} holds neither {' nor '.join(CONFIG_FILES)}.")
+        path = present[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"No configuration {path}: neither a file nor a directory.")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,212 @@
+"""Load checkpoints into a model by a table of names, and account for every variable.
+
+A table maps the path of a model weight to the name of a checkpoint variable:
+
+    "encoder_{i}/feed_forward_norm/beta" -> "bert/encoder/layer_{i}/output/LayerNorm/beta"
+    "nsp/kernel"                         -> "cls/seq_relationship/output_weights.T"
+
+`{i}` stands for the number of a block, and a final `.T` says that the checkpoint holds the
+transposed matrix. Every checkpoint variable is then either loaded or ignored with a reason,
+every model weight either loaded or fresh. Everything is checked before anything is assigned.
+"""
+
+import dataclasses
+import logging
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_ext.models.huggingface_checkpoint import FILE, INDEX, HuggingFaceCheckpoint
+from keras_ext.models.tensorflow_checkpoint import TensorFlowCheckpoint
+
+# The number of a block: in encoder_3/, layer_3/, layer.3.
+BLOCK = re.compile(r"(?<=[_.])\d+(?=[/.])")
+
+logger = logging.getLogger("keras_ext")
+
+
+@dataclasses.dataclass(frozen=True)
+class NameTable:
+    """How a family of models is named in one format of checkpoints.
+
+    Args:
+        weights: path of a model weight -> name of the checkpoint variable.
+        ignored: pattern of variables that no model needs -> the reason.
+        renamed: pattern -> replacement, applied to the checkpoint's names first, in order.
+    """
+
+    weights: Mapping[str, str]
+    ignored: Mapping[str, str]
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def source(self, path: str) -> tuple[str | None, bool]:
+        """The checkpoint's name of a model weight, and whether it is stored transposed."""
+        name = self.weights.get(BLOCK.sub("{i}", path, count=1))
+        if name is None:
+            return None, False
+        block = BLOCK.search(path)
+        return name.removesuffix(".T").format(i=block and block[0]), name.endswith(".T")
+
+    def canonical(self, name: str) -> str:
+        """The name of a checkpoint variable as the table spells it."""
+        for pattern, replacement in self.renamed.items():
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def reason_to_ignore(self, name: str) -> str:
+        """Why no weight of the model asked for this variable."""
+        for pattern, reason in self.ignored.items():
+            if re.search(pattern, name):
+                return reason
+        known = {source.removesuffix(".T") for source in self.weights.values()}
+        return "not in the model" if BLOCK.sub("{i}", name, count=1) in known else "unknown"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointReport:
+    """What became of every checkpoint variable and of every model weight.
+
+    Attributes:
+        checkpoint: path that was read.
+        loaded: model weight path -> name of the checkpoint variable.
+        ignored: name of a checkpoint variable -> reason.
+        fresh: paths of the model weights that keep their initial values.
+    """
+
+    checkpoint: str
+    loaded: Mapping[str, str]
+    ignored: Mapping[str, str]
+    fresh: tuple[str, ...]
+
+    def __str__(self) -> str:
+        reasons = Counter(self.ignored.values()).most_common()
+        lines = [
+            f"{self.checkpoint}: {len(self.loaded)} weights loaded, "
+            f"{len(self.ignored)} variables ignored, {len(self.fresh)} weights fresh",
+            *(f"  ignored {count}: {reason}" for reason, count in reasons),
+            *(f"  fresh: {path}" for path in self.fresh),
+        ]
+        return "\n".join(lines)
+
+
+def open_checkpoint(path: str | os.PathLike) -> TensorFlowCheckpoint | HuggingFaceCheckpoint:
+    """The reader for a TensorFlow prefix or directory, or a Hugging Face directory.
+
+    A directory with safetensors is read as Hugging Face's, one with a single `*.index` file as
+    TensorFlow's.
+
+    Raises:
+        FileNotFoundError: nothing readable is there.
+        ValueError: the directory holds only a pickled checkpoint, or several to choose from.
+
+    Example:
+        >>> open_checkpoint("chinese_L-12_H-768_A-12/bert_model.ckpt").shapes
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return TensorFlowCheckpoint(path)
+    if (path / FILE).is_file() or (path / INDEX).is_file():
+        return HuggingFaceCheckpoint(path)
+    prefixes = [index.with_suffix("") for index in sorted(path.glob("*.index"))]
+    if len(prefixes) == 1:
+        return TensorFlowCheckpoint(prefixes[0])
+    if prefixes:
+        names = ", ".join(prefix.name for prefix in prefixes)
+        raise ValueError(f"{path} holds several checkpoints ({names}). Give the path of one.")
+    if any(path.glob("pytorch_model*.bin")):
+        raise ValueError(
+            f"{path} holds only a pickled checkpoint, which can run any code when it is read. "
+            "Convert it where you trust it: transformers.AutoModelForPreTraining"
+            f".from_pretrained({str(path)!r}).save_pretrained(directory) writes {FILE}."
+        )
+    raise FileNotFoundError(f"{path} holds neither {FILE}, nor {INDEX}, nor a file *.index.")
+
+
+def load_weights(
+    model: keras.Model, checkpoint: str | os.PathLike, tables: Mapping[str, NameTable]
+) -> CheckpointReport:
+    """Assign a checkpoint to the weights of a model.
+
+    Args:
+        model: built model, its weights named as in the tables.
+        checkpoint: TensorFlow prefix or directory, or Hugging Face directory.
+        tables: format ("tensorflow", "huggingface") -> its table of names.
+
+    Raises:
+        ValueError: shapes differ, or nothing fits; the model is unchanged then.
+
+    Example:
+        >>> report = load_weights(model, "bert_model.ckpt", BERT.names)
+    """
+    reader = open_checkpoint(checkpoint)
+    table = tables[reader.format]
+    stored = _by_canonical_name(reader.shapes, table)
+    plan, fresh, mismatches = [], [], []
+    for variable in model.weights:
+        source, transposed = table.source(variable.path)
+        if source not in stored:
+            fresh.append(variable.path)
+            continue
+        name = stored.pop(source)
+        plan.append((variable, name, transposed))
+        shape = reader.shapes[name][::-1] if transposed else reader.shapes[name]
+        if tuple(variable.shape) != shape:
+            mismatches.append(
+                f"  {variable.path} {tuple(variable.shape)} <- {name} {reader.shapes[name]}"
+                + (" transposed" if transposed else "")
+            )
+    if mismatches:
+        raise ValueError(
+            f"{checkpoint} does not fit the model {model.name!r}; no weight was changed:\n"
+            + "\n".join(mismatches)
+        )
+    if not plan:
+        raise ValueError(
+            f"{checkpoint} shares no variable with the model {model.name!r}: it holds "
+            f"{_some(reader.shapes)}, the model {_some(fresh)}."
+        )
+    for variable, name, transposed in plan:
+        _assign(variable, reader.read(name), transposed)
+    report = CheckpointReport(
+        checkpoint=os.fspath(checkpoint),
+        loaded={variable.path: name for variable, name, _ in plan},
+        ignored={name: table.reason_to_ignore(canonical) for canonical, name in stored.items()},
+        fresh=tuple(fresh),
+    )
+    logger.info("%s", report)
+    if fresh:
+        warnings.warn(
+            f"{len(fresh)} weights of {model.name!r} are not in {checkpoint} and keep their "
+            f"initial values: {', '.join(fresh)}.",
+            stacklevel=3,
+        )
+    return report
+
+
+def _by_canonical_name(names: Iterable[str], table: NameTable) -> dict[str, str]:
+    stored: dict[str, str] = {}
+    for name in names:
+        other = stored.setdefault(table.canonical(name), name)
+        if other != name:
+            raise ValueError(
+                f"The checkpoint holds both {other} and {name}, which are the same."
+            )
+    return stored
+
+
+def _assign(variable: keras.Variable, values: np.ndarray, transposed: bool) -> None:
+    # The copy detaches the weight from the mapped file, whose buffer JAX would keep otherwise;
+    # half precisions go through float32, which every backend takes from NumPy.
+    dtype = np.promote_types(values.dtype, np.float32)
+    variable.assign(np.array(values.T if transposed else values, dtype, order="C"))
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,13 @@
+"""Text to batches: tokenizers, vocabularies and length buckets."""
+
+from keras_ext.text.batches import BucketedBatches, choose_lengths
+from keras_ext.text.tokenizer import Encoding, WordPieceTokenizer
+from keras_ext.text.vocabulary import build_vocabulary
+
+__all__ = [
+    "BucketedBatches",
+    "Encoding",
+    "WordPieceTokenizer",
+    "build_vocabulary",
+    "choose_lengths",
+]

@@ -1,0 +1,155 @@
+"""One contract for all public layers; a new one adds a row, and a test of its mathematics."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_ext import layers
+
+JIT = keras.backend.backend() != "torch"  # there it means torch.compile, which needs minutes
+
+BATCH, LENGTH, WIDTH = 2, 5, 8
+HIDDEN = np.random.default_rng(0).normal(size=(BATCH, LENGTH, WIDTH)).astype("float32")
+HIDDEN[1, 3:] = 0  # padding
+MEMORY = np.random.default_rng(1).normal(size=(BATCH, 3, WIDTH)).astype("float32")
+IDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0]], "int32")
+SEGMENTS = np.array([[0, 0, 1, 1, 1], [0, 1, 1, 0, 0]], "int32")
+
+
+class Row(NamedTuple):
+    """A layer and the arrays it is called with."""
+
+    name: str
+    make: Callable[..., keras.layers.Layer]
+    inputs: tuple[np.ndarray, ...]
+
+    @property
+    def specs(self) -> list[keras.KerasTensor]:
+        return [keras.Input(x.shape[1:], dtype=str(x.dtype)) for x in self.inputs]
+
+    def model(self, **kwargs: Any) -> keras.Model:
+        inputs = self.specs
+        return keras.Model(inputs, self.make(**kwargs)(*inputs))
+
+
+def block(**kwargs: Any) -> layers.TransformerBlock:
+    parts = {key: kwargs[key] for key in kwargs if key == "dtype"}
+    attention = layers.MultiHeadAttention(2, 4, **parts)
+    return layers.TransformerBlock(attention, layers.FeedForward(16, **parts), **kwargs)
+
+
+ROWS = [
+    Row("Bias", layers.Bias, (HIDDEN,)),
+    Row("FeedForward", lambda **k: layers.FeedForward(16, layers.gelu_tanh, **k), (HIDDEN,)),
+    Row(
+        "MultiHeadAttention", lambda **k: layers.MultiHeadAttention(2, 4, **k), (HIDDEN, MEMORY)
+    ),
+    Row("PositionEmbedding", lambda **k: layers.PositionEmbedding(7, **k), (HIDDEN,)),
+    Row("SegmentEmbedding", lambda **k: layers.SegmentEmbedding(2, **k), (HIDDEN, SEGMENTS)),
+    Row(
+        "TokenEmbedding", lambda **k: layers.TokenEmbedding(10, 8, mask_zero=True, **k), (IDS,)
+    ),
+    Row("TransformerBlock", block, (HIDDEN,)),
+]
+
+
+@pytest.fixture(params=ROWS, ids=[row.name for row in ROWS])
+def row(request: pytest.FixtureRequest) -> Row:
+    keras.utils.set_random_seed(0)
+    return request.param
+
+
+def run(model: keras.Model, inputs: tuple[np.ndarray, ...]) -> np.ndarray:
+    return ops.convert_to_numpy(model(list(inputs)))
+
+
+def test_every_public_layer_has_a_row():
+    public = [getattr(layers, name) for name in layers.__all__]
+    classes = {c.__name__ for c in public if isinstance(c, type)}
+    assert classes == {row.name for row in ROWS}
+
+
+def test_config_round_trip(row):
+    layer = row.make(name="layer")
+    layer(*row.inputs)
+    config = keras.saving.serialize_keras_object(layer)
+    assert config["registered_name"] == f"keras_ext>{row.name}"
+    copy = keras.saving.deserialize_keras_object(config)
+    copy(*row.inputs)
+    assert copy.get_config() == layer.get_config()
+    assert [w.path for w in copy.weights] == [w.path for w in layer.weights]
+    copy.set_weights(layer.get_weights())
+    expected = ops.convert_to_numpy(layer(*row.inputs))
+    np.testing.assert_array_equal(ops.convert_to_numpy(copy(*row.inputs)), expected)
+
+
+def test_unknown_keyword_is_refused(row):
+    with pytest.raises(ValueError, match="no_such_option"):
+        row.make(no_such_option=1)
+
+
+def test_save_and_load_in_a_model(row, tmp_path):
+    model = row.model()
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(run(loaded, row.inputs), run(model, row.inputs))
+
+
+def test_eager_equals_compiled(row):
+    model = row.model()
+    eager = run(model, row.inputs)
+    model.compile(jit_compile=JIT)
+    compiled = model.predict(list(row.inputs), verbose=0)
+    np.testing.assert_allclose(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+def test_mixed_precision(row):
+    exact, mixed = row.model(), row.model(dtype="mixed_bfloat16")
+    mixed.set_weights(exact.get_weights())
+    assert {w.dtype for w in mixed.weights} == {"float32"}
+    assert mixed.output.dtype == "bfloat16"
+    outputs = mixed.layers[-1](*row.inputs)
+    assert keras.backend.standardize_dtype(outputs.dtype) == "bfloat16"
+    outputs = ops.convert_to_numpy(ops.cast(outputs, "float32"))
+    np.testing.assert_allclose(outputs, run(exact, row.inputs), rtol=0.05, atol=0.05)
+
+
+def test_inferred_shape_is_the_real_one(row):
+    spec = row.model().output
+    assert spec.shape[0] is None
+    outputs = row.make()(*row.inputs)
+    assert spec.shape[1:] == tuple(outputs.shape)[1:]
+    assert spec.dtype == keras.backend.standardize_dtype(outputs.dtype)
+
+
+def test_a_compiled_fit_step_is_finite_and_learns(row):
+    model = row.model()
+    before = model.get_weights()
+    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=JIT)
+    targets = np.ones((BATCH, *model.output.shape[1:]), "float32")
+    model.fit(list(row.inputs), targets, verbose=0)
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+    assert any((new != old).any() for new, old in zip(model.get_weights(), before, strict=True))
+
+
+class MaskProbe(keras.layers.Layer):
+    """Gives the mask that reaches it."""
+
+    supports_masking = True
+
+    def call(self, inputs: Any, mask: Any = None) -> Any:
+        return ops.cast(mask, "float32")
+
+    def compute_output_shape(self, inputs_shape: tuple) -> tuple:
+        return inputs_shape[:-1]
+
+
+def test_the_mask_is_passed_on(row):
+    first, *rest = inputs = row.specs
+    masked = first if row.name == "TokenEmbedding" else keras.layers.Masking()(first)
+    model = keras.Model(inputs, MaskProbe()(row.make()(masked, *rest)))
+    np.testing.assert_array_equal(run(model, row.inputs), IDS != 0)

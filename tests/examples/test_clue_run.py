@@ -1,0 +1,205 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import run
+import tnews
+from clue_files import CLUE, LABELS, TINY
+
+FILES = [
+    "best.weights.h5",
+    "config.json",
+    "learning_curve.png",
+    "metrics.jsonl",
+    "result.json",
+    "state.npz",
+    "tnews10_predict.json",
+    "tnews11_predict.json",
+    "vocab.txt",
+]
+
+
+def metrics(directory):
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def names(directory):
+    return sorted(file.name for file in directory.iterdir())
+
+
+def test_files_of_a_finished_run(finished_run):
+    assert names(finished_run) == FILES
+    assert (finished_run / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert [figures["epoch"] for figures in metrics(finished_run)] == [1, 2]
+    config = json.loads((finished_run / "config.json").read_text())
+    assert (config["seed"], config["hidden"], config["accum"]) == (0, 16, 1)
+    result = json.loads((finished_run / "result.json").read_text())
+    assert result["dev_accuracy"] == max(x["dev_accuracy"] for x in metrics(finished_run))
+
+
+@pytest.mark.parametrize("name", list(tnews.TESTS))
+def test_submission_has_a_line_for_every_test_line(finished_run, tiny_tnews, name):
+    tests = (tiny_tnews / tnews.TESTS[name]).read_text(encoding="utf-8").splitlines()
+    lines = [json.loads(line) for line in (finished_run / name).read_text().splitlines()]
+    assert [line["id"] for line in lines] == [str(json.loads(test)["id"]) for test in tests]
+    assert {line["label"] for line in lines} <= set(LABELS)
+    assert all(list(line) == ["id", "label"] for line in lines)
+
+
+def test_a_finished_run_is_left_alone(finished_run, command, capsys):
+    before = {file: file.stat().st_mtime_ns for file in finished_run.iterdir()}
+    assert run.main([*command, "--output", str(finished_run)]) == 0
+    assert "finished: dev accuracy" in capsys.readouterr().out
+    assert before == {file: file.stat().st_mtime_ns for file in finished_run.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def killed_run(command, finished_run, tmp_path_factory):
+    """A run killed by kill -9 after its first epoch."""
+    output = tmp_path_factory.mktemp("runs") / "killed"
+    environment = {**os.environ, "PYTHONPATH": str(CLUE.parents[1])}
+    arguments = [sys.executable, str(CLUE / "run.py"), *command, "--output", str(output)]
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL)
+    while not (output / "state.npz").exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "result.json").exists()
+    return output
+
+
+def test_resumed_run_ends_as_the_undisturbed_one(killed_run, finished_run, command, capsys):
+    assert run.main([*command, "--output", str(killed_run)]) == 2
+    assert "unfinished: continue it by --resume" in capsys.readouterr().err
+    other = ["tnews", "--resume", "--output", str(killed_run)]
+    assert run.main([*other, "--learning-rate", "0.5"]) == 2
+    assert "learning_rate 0.001 there, 0.5 here" in capsys.readouterr().err
+    assert run.main(other) == 0  # what is not given is as it was
+    assert names(killed_run) == FILES
+    assert metrics(killed_run) == metrics(finished_run)
+    for name in tnews.TESTS:
+        assert (killed_run / name).read_bytes() == (finished_run / name).read_bytes()
+    with np.load(killed_run / "state.npz") as one, np.load(finished_run / "state.npz") as other:
+        assert all((one[key] == other[key]).all() for key in one.files if key != "history")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nope"], "invalid choice: 'nope'"),
+        (["tnews", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["tnews", "--data", "missing"], "labels.json is missing: unpack the official archive"),
+        (["tnews", "--model", "missing"], "holds neither bert_config.json nor config.json"),
+        (["tnews", "--model", "dir", "--layers", "2"], "--layers is for encoders from scratch"),
+        (["tnews", "--vocab", "missing.txt"], "missing.txt"),
+        (["tnews", "--hidden", "200"], "must be a multiple of num_attention_heads=3"),
+        (["tnews", "--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["tnews", "--dropout", "1.5"], "dropout must be in [0, 1), got 1.5"),
+        (["tnews", "--resume", "--output", "out"], "holds no run to resume"),
+    ],
+)
+def test_bad_calls_say_so_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_directories_are_not_touched(finished_run, command, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert run.main([*command, "--output", str(tmp_path)]) == 2
+    assert "is no run directory: give a new one by --output" in capsys.readouterr().err
+    assert names(tmp_path) == ["thesis.tex"]
+    assert run.main([*command, "--seed", "1", "--output", str(finished_run)]) == 2
+    assert "another configuration (seed 0 there, 1 here)" in capsys.readouterr().err
+    assert names(finished_run) == FILES
+
+
+def test_default_directory_is_that_of_the_configuration():
+    def output(*flags):
+        given = vars(run.make_parser().parse_args(["tnews", *flags]))
+        given.pop("resume")
+        return run.default_output(run.make_config(given))
+
+    assert output() == output() == output("--seed", "0")
+    assert output() != output("--seed", "1")
+    assert str(output()).startswith("runs/tnews-")
+
+
+def test_a_full_disk_leaves_no_half_written_file(tmp_path):
+    from run_directory import replacing
+
+    (tmp_path / "state.npz").write_text("old")
+    with pytest.raises(OSError, match="full"), replacing(tmp_path / "state.npz") as partial:
+        partial.write_text("ne")
+        raise OSError("full")
+    assert names(tmp_path) == ["state.npz"]
+    assert (tmp_path / "state.npz").read_text() == "old"
+
+
+def test_every_option_trains(tiny_tnews, tmp_path, monkeypatch):
+    """Accumulation, [CLS], label smoothing, another schedule, optimizer and vocabulary."""
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"花草股市游戏，好"]))
+    flags = ["--accum", "2", "--pooling", "first", "--label-smoothing", "0.1"]
+    flags += ["--schedule", "cosine", "--optimizer", "lamb", "--vocab", str(vocabulary)]
+    flags += [*TINY, "--epochs", "1"]
+    monkeypatch.chdir(tmp_path)
+    assert run.main(["tnews", "--data", str(tiny_tnews), *flags]) == 0
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert names(directory) == FILES
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """A directory in Google's layout but for the checkpoint, which is a Hugging Face one."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    import keras
+
+    from keras_ext.models import BERT, build_transformer_model
+
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"花草树木股市基金游戏手柄，好的"]
+    sizes = {"vocab_size": len(tokens), "hidden_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 128}
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    (directory / "config.json").write_text(json.dumps(sizes))
+    table, arrays = BERT.names["huggingface"], {}
+    for weight in build_transformer_model(sizes).weights:
+        name, transposed = table.source(weight.path)
+        array = keras.ops.convert_to_numpy(weight)
+        arrays[name] = np.ascontiguousarray(array.T if transposed else array)
+    safetensors.save_file(arrays, directory / "model.safetensors")
+    return directory
+
+
+def test_pretrained_model(pretrained, tiny_tnews, tmp_path, capsys):
+    command = ["tnews", "--data", str(tiny_tnews), "--model", str(pretrained), "--epochs", "1"]
+    output = tmp_path / "run"
+    assert run.main([*command, "--output", str(output)]) == 0
+    assert names(output) == FILES
+    assert (output / "vocab.txt").read_bytes() == (pretrained / "vocab.txt").read_bytes()
+
+    assert run.main([*command, "--max-length", "129", "--output", str(tmp_path / "x")]) == 2
+    assert "exceeds max_position_embeddings 128" in capsys.readouterr().err
+    sizes = json.loads((pretrained / "config.json").read_text())
+    for change, message in (
+        ({"hidden_size": 16}, "does not fit the model"),
+        ({"vocab_size": 5}, "does not fit the model"),
+    ):
+        (pretrained / "config.json").write_text(json.dumps({**sizes, **change}))
+        assert run.main([*command, "--output", str(tmp_path / "x")]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,103 @@
+"""The Transformer block and its feed-forward layer."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_ext.layers import FeedForward, MultiHeadAttention, TransformerBlock, gelu_tanh
+
+HIDDEN = np.random.default_rng(0).normal(size=(2, 5, 8)).astype("float32")
+
+
+def gelu(x):
+    return x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def layer_norm(x, epsilon=1e-12):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
+
+
+class Mean(keras.layers.Layer):
+    """The simplest attention: every position gets the mean of the values."""
+
+    def call(self, query, value):
+        return ops.zeros_like(query) + ops.mean(value, axis=1, keepdims=True)
+
+    def compute_output_shape(self, query_shape, value_shape):
+        return query_shape
+
+
+def test_gelu_tanh_is_its_formula():
+    x = np.linspace(-4, 4, 33)
+    expected = x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    outputs = ops.convert_to_numpy(gelu_tanh(ops.convert_to_tensor(x.astype("float32"))))
+    np.testing.assert_allclose(outputs, expected, atol=1e-6)
+    assert 1e-4 < np.abs(outputs - gelu(x)).max() < 5e-4
+
+
+def test_feed_forward_is_two_dense_layers_with_exact_gelu():
+    layer = FeedForward(16)
+    outputs = ops.convert_to_numpy(layer(HIDDEN))
+    w1, b1, w2, b2 = (w.astype("float64") for w in layer.get_weights())
+    np.testing.assert_allclose(outputs, gelu(HIDDEN @ w1 + b1) @ w2 + b2, atol=1e-5)
+
+
+def test_the_block_is_its_formula_around_any_attention():
+    block = TransformerBlock(Mean(), FeedForward(16))
+    outputs = ops.convert_to_numpy(block(HIDDEN))
+    h = layer_norm(HIDDEN + HIDDEN.mean(1, keepdims=True, dtype="float64"))
+    w1, b1, w2, b2 = (w.astype("float64") for w in block.feed_forward.get_weights())
+    np.testing.assert_allclose(outputs, layer_norm(h + gelu(h @ w1 + b1) @ w2 + b2), atol=1e-5)
+
+
+def test_epsilon_is_that_of_both_norms():
+    block = TransformerBlock(Mean(), FeedForward(16), epsilon=0.5)
+    block.feed_forward.build(HIDDEN.shape)
+    block.feed_forward.set_weights([np.zeros(w.shape) for w in block.feed_forward.weights])
+    h = layer_norm(HIDDEN + HIDDEN.mean(1, keepdims=True), 0.5)
+    outputs = ops.convert_to_numpy(block(HIDDEN))
+    np.testing.assert_allclose(outputs, layer_norm(h, 0.5), atol=1e-5)
+
+
+def test_padding_reaches_the_attention():
+    block = TransformerBlock(MultiHeadAttention(2, 4), FeedForward(16))
+    padded = np.concatenate([HIDDEN, np.zeros((2, 3, 8), "float32")], axis=1)
+    outputs = block(keras.layers.Masking()(padded))[:, :5]
+    np.testing.assert_allclose(*map(ops.convert_to_numpy, (outputs, block(HIDDEN))), atol=1e-5)
+
+
+def test_a_causal_mask_hides_the_future():
+    block = TransformerBlock(MultiHeadAttention(2, 4), FeedForward(16))
+    causal = np.tri(5, dtype=bool)[None]
+    changed = HIDDEN.copy()
+    changed[:, 3:] += 1
+    first, second = (
+        ops.convert_to_numpy(block(x, attention_mask=causal)) for x in (HIDDEN, changed)
+    )
+    np.testing.assert_allclose(first[:, :3], second[:, :3], atol=1e-6)
+    assert np.abs(first[:, 3:] - second[:, 3:]).max() > 0.1
+
+
+def test_dropout_acts_in_training_only():
+    block = TransformerBlock(
+        MultiHeadAttention(2, 4, dropout=0.5), FeedForward(16), dropout=0.5
+    )
+    quiet, again = (ops.convert_to_numpy(block(HIDDEN)) for _ in "12")
+    np.testing.assert_array_equal(quiet, again)
+    assert np.abs(ops.convert_to_numpy(block(HIDDEN, training=True)) - quiet).max() > 0.1
+
+
+@pytest.mark.parametrize("dropout", ["attention", "block"])
+def test_the_same_seed_gives_the_same_training_outputs(dropout):
+    rates = {"attention": (0.5, 0.0), "block": (0.0, 0.5)}[dropout]
+
+    def run():
+        keras.utils.set_random_seed(7)
+        attention = MultiHeadAttention(2, 4, dropout=rates[0])
+        block = TransformerBlock(attention, FeedForward(16), dropout=rates[1])
+        return ops.convert_to_numpy(block(HIDDEN, training=True))
+
+    np.testing.assert_array_equal(run(), run())

@@ -1,0 +1,61 @@
+"""Hugging Face directories: one file, shards, half precisions."""
+
+import json
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from keras_ext.models.huggingface_checkpoint import HuggingFaceCheckpoint
+
+safetensors = pytest.importorskip("safetensors.numpy")
+
+TENSORS = {
+    "a": np.arange(6, dtype="float32").reshape(2, 3),
+    "b": np.array([1, 2.5, -3], ml_dtypes.bfloat16),
+    "c": np.array([[0.5]], "float16"),
+    "d": np.array(7),
+}
+
+
+def assert_holds_tensors(checkpoint):
+    assert checkpoint.shapes == {name: array.shape for name, array in TENSORS.items()}
+    for name, array in TENSORS.items():
+        values = checkpoint.read(name)
+        assert values.dtype == array.dtype
+        np.testing.assert_array_equal(values, array)
+
+
+def test_one_file(tmp_path):
+    safetensors.save_file(TENSORS, tmp_path / "model.safetensors")
+    assert_holds_tensors(HuggingFaceCheckpoint(tmp_path))
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    weight_map = {}
+    for i, names in enumerate(["ab", "cd"]):
+        file = f"model-{i + 1:05}-of-00002.safetensors"
+        safetensors.save_file({name: TENSORS[name] for name in names}, tmp_path / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    return tmp_path
+
+
+def test_shards(sharded):
+    assert_holds_tensors(HuggingFaceCheckpoint(sharded))
+
+
+def test_an_absent_shard(sharded):
+    shard = sharded / "model-00002-of-00002.safetensors"
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{shard} is absent"):
+        HuggingFaceCheckpoint(sharded)
+
+
+def test_without_safetensors_the_error_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"pip install 'keras-ext\[nlp\]'"):
+        HuggingFaceCheckpoint(tmp_path)

@@ -1,5 +1,7 @@
 """Two virtual devices for the distribution tests, and what tests and docstrings share."""
 
+import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -32,21 +34,56 @@ def shared() -> Path:
     return folder.resolve()
 
 
+@pytest.fixture(scope="session")
+def docstring_files(tmp_path_factory) -> Path:
+    """What the examples in docstrings read: a BERT of one small layer in both formats."""
+    from models.bundle import write_bundle
+    from safetensors.numpy import save_file
+
+    from keras_ext.models import BERT, build_transformer_model
+
+    config = {"vocab_size": 9, "hidden_size": 768, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 12, "intermediate_size": 4}
+    model = build_transformer_model(config, with_pool=True)
+    folder = tmp_path_factory.mktemp("docstrings")
+    for format, directory in (
+        ("tensorflow", "."),
+        ("tensorflow", "chinese_L-12_H-768_A-12"),
+        ("huggingface", "bert-base-chinese"),
+    ):
+        (folder / directory).mkdir(exist_ok=True)
+        (folder / directory / "bert_config.json").write_text(json.dumps(config))
+        variables = {}
+        for weight in model.weights:
+            name, transposed = BERT.names[format].source(weight.path)
+            values = keras.ops.convert_to_numpy(weight)
+            variables[name] = np.ascontiguousarray(values.T if transposed else values)
+        if format == "tensorflow":
+            write_bundle(folder / directory / "bert_model.ckpt", variables)
+        else:
+            save_file(variables, folder / directory / "model.safetensors")
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def docstring_names(request, doctest_namespace):
-    """What the examples in docstrings take for granted: a model, some data, public names."""
+    """What the examples in docstrings take for granted: files, data, public names."""
     if not isinstance(request.node, pytest.DoctestItem):
         return
     import keras_ext
 
+    request.getfixturevalue("monkeypatch").chdir(request.getfixturevalue("docstring_files"))
     keras.utils.set_random_seed(0)
     for part in map(keras_ext.__dict__.get, keras_ext.__all__):
         doctest_namespace.update({name: getattr(part, name) for name in part.__all__})
     inputs = keras.Input((4,))
     doctest_namespace.update(
-        keras=keras,
+        {module.__name__: module for module in (dataclasses, json, keras)},
         np=np,
+        Path=Path,
         model=keras.Model(inputs, keras.layers.Dense(1)(inputs)),
         x=np.ones((32, 4), "float32"),
         y=np.ones((32, 1), "float32"),
+        token_ids=np.array([[2, 5, 3]]),
+        segment_ids=np.zeros((1, 3), "int32"),
     )

@@ -15,6 +15,8 @@ class Bias(keras.layers.Layer):
         inputs: (..., width). The output is like it.
 
     Example:
+        >>> token_embedding = TokenEmbedding(100, 8)
+        >>> hidden = token_embedding(keras.ops.array([[5, 7, 3]]))
         >>> logits = Bias()(token_embedding(hidden, reverse=True))
     """
 

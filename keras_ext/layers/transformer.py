@@ -20,7 +20,7 @@ def gelu_tanh(x: Any) -> Any:
         x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))
 
     Example:
-        >>> keras.layers.Dense(8, activation=gelu_tanh)
+        >>> layer = keras.layers.Dense(8, activation=gelu_tanh)
 
     Source: Hendrycks & Gimpel 2016, arXiv 1606.08415.
     """

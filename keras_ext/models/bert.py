@@ -123,8 +123,8 @@ class BERT:
         ValueError: the activation is unknown, or the heads do not divide the width.
 
     Example:
-        >>> bert = BERT.from_config(json.load(open("bert_config.json")))
-        >>> larger = dataclasses.replace(bert, num_hidden_layers=24)
+        >>> bert = BERT.from_config(json.loads(Path("bert_config.json").read_text()))
+        >>> larger = dataclasses.replace(bert, num_hidden_layers=2)
         >>> model = larger.build(with_mlm=True)
     """
 

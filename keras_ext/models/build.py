@@ -61,7 +61,7 @@ def build_transformer_model(
     Example:
         >>> directory = "chinese_L-12_H-768_A-12"
         >>> bert = build_transformer_model(directory, directory, with_pool=True)
-        >>> hidden, pooled = bert.predict([token_ids, segment_ids])
+        >>> hidden, pooled = bert([token_ids, segment_ids])
     """
     family = _family(model).from_config(_read_config(config))
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": attention_dropout}
@@ -95,6 +95,8 @@ def load_checkpoint(
     Example:
         >>> bert = build_transformer_model("bert_config.json")
         >>> print(load_checkpoint(bert, "bert_model.ckpt"))
+        bert_model.ckpt: 21 weights loaded, 2 variables ignored, 0 weights fresh
+          ignored 2: not in the model
     """
     return load_weights(model, checkpoint, _family(family).names)
 

@@ -106,7 +106,9 @@ def open_checkpoint(path: str | os.PathLike) -> TensorFlowCheckpoint | HuggingFa
         ValueError: the directory holds only a pickled checkpoint, or several to choose from.
 
     Example:
-        >>> open_checkpoint("chinese_L-12_H-768_A-12/bert_model.ckpt").shapes
+        >>> checkpoint = open_checkpoint("chinese_L-12_H-768_A-12/bert_model.ckpt")
+        >>> checkpoint.shapes["bert/pooler/dense/bias"]
+        (768,)
     """
     path = Path(path)
     if not path.is_dir():
@@ -142,7 +144,8 @@ def load_weights(
         ValueError: shapes differ, or nothing fits; the model is unchanged then.
 
     Example:
-        >>> report = load_weights(model, "bert_model.ckpt", BERT.names)
+        >>> bert = build_transformer_model("bert_config.json")
+        >>> report = load_weights(bert, "bert_model.ckpt", BERT.names)
     """
     reader = open_checkpoint(checkpoint)
     table = tables[reader.format]

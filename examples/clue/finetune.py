@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from data import TaskData
 from progress import EpochProgress
-from record import Record
+from record import Record, weights_only
 from rich.console import Console
 from run_directory import RunDirectory
 from schedule import WarmupDecay
@@ -54,7 +54,7 @@ def finetune(
     )
     record = Record(run, lambda model: head.score(predict(model, dev), data.dev))
     train_model(model, train, settings, record)
-    model.load_weights(run / "best.weights.h5")
+    weights_only(model).load_weights(run / "best.weights.h5")
     for (name, split), batches in zip(data.tests.items(), tests, strict=True):
         labels = head.predictions(predict(model, batches), data)
         lines = map(task.submission_line, split.ids, labels)

@@ -48,7 +48,8 @@ class EpochProgress(keras.callbacks.Callback):
         self.bar.reset(self.task, total=self.params["steps"], epoch=epoch + 1)
 
     def on_train_batch_end(self, batch, logs=None):
-        self.bar.update(self.task, completed=batch + 1, loss=float(logs["crossentropy"]))
+        if self.console.is_terminal:  # reading a figure waits for the device
+            self.bar.update(self.task, completed=batch + 1, loss=float(logs["crossentropy"]))
 
     def on_epoch_end(self, epoch, logs=None):
         figures = self.history[-1]

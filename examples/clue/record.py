@@ -55,7 +55,7 @@ class Record(keras.callbacks.Callback):
         self.history.append(figures)
         if self.best["epoch"] == epoch + 1:
             with replacing(self.run / "best.weights.h5") as partial:
-                self.model.save_weights(partial)
+                weights_only(self.model).save_weights(partial)
         lines = [json.dumps(figures) for figures in self.history]
         self.run.write_text("metrics.jsonl", "\n".join(lines) + "\n")
         with replacing(self.run / "learning_curve.png") as partial:
@@ -66,6 +66,11 @@ class Record(keras.callbacks.Callback):
         arrays = [keras.ops.convert_to_numpy(variable) for variable in _variables(self.model)]
         with replacing(self.run / "state.npz") as partial:
             np.savez(partial, *arrays, history=np.array(json.dumps(self.history)))
+
+
+def weights_only(model: keras.Model) -> keras.Model:
+    """The same layers as a plain model; of a compiled one Keras saves the optimizer as well."""
+    return keras.Model(model.inputs, model.output)
 
 
 def _variables(model: keras.Model) -> list[keras.Variable]:

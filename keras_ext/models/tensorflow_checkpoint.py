@@ -66,7 +66,8 @@ class TensorFlowCheckpoint:
 
     Raises:
         FileNotFoundError: the index or a data file is absent.
-        ValueError: a file is damaged, truncated, compressed or big-endian.
+        ValueError: a file is damaged, truncated, compressed or big-endian, or a variable is
+            stored in parts.
 
     Example:
         >>> checkpoint = TensorFlowCheckpoint("bert_model.ckpt")
@@ -88,16 +89,22 @@ class TensorFlowCheckpoint:
         header = dict(_fields(table.pop(b"")))
         if header.get(2):
             raise ValueError(f"{self._index} is of big-endian data, which is not supported.")
-        self._entries = {name.decode(): _parse_entry(proto) for name, proto in table.items()}
+        entries = {name: _parse_entry(proto) for name, proto in table.items()}
+        for name, entry in entries.items():
+            if entry.partitioned:
+                raise ValueError(
+                    f"{self._index} holds {name.decode()} in parts, which is not supported. "
+                    "Save it again without a partitioner."
+                )
+        self._entries = {name.decode(): entry for name, entry in entries.items()}
         self._shards = [self._open_shard(i, header[1]) for i in range(header[1])]
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
     def read(self, name: str) -> np.ndarray:
         """The values of one variable, as a read-only view of the file."""
         entry = self._entries[name]
-        if entry.partitioned or entry.dtype not in DTYPES:
-            what = "partitioned" if entry.partitioned else f"of TensorFlow dtype {entry.dtype}"
-            raise ValueError(f"{name} of {self.prefix} is {what}, which is not supported.")
+        if entry.dtype not in DTYPES:
+            raise ValueError(f"{name} of {self.prefix} has no numeric dtype ({entry.dtype}).")
         dtype = np.dtype(DTYPES[entry.dtype])
         values = self._shards[entry.shard][entry.offset : entry.offset + entry.size]
         return values.view(dtype).reshape(entry.shape)

@@ -1,7 +1,10 @@
 """Small self-written files in the format of TNEWS, and flags of a run that takes seconds."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 CLUE = Path(__file__).parents[2] / "examples" / "clue"
@@ -23,3 +26,14 @@ def sentences(count, seed):
         label = draw.choice(LABELS)
         text = "".join(draw.choices(WORDS[label] + "，好的", k=draw.randint(2, 6)))
         yield {"label": label, "label_desc": f"news_{label}", "sentence": text, "keywords": ""}
+
+
+def start(*arguments):
+    """run.py in a process of its own, with its output thrown away.
+
+    What is to be equal bit by bit must run so: TensorFlow heeds `TF_DETERMINISTIC_OPS` only if
+    it is set before the first operation of a process.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(CLUE.parents[1])}
+    command = [sys.executable, str(CLUE / "run.py"), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)

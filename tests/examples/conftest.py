@@ -1,10 +1,12 @@
 """The scripts import each other by their bare names, as `python examples/clue/run.py` does."""
 
+import os
 import sys
+from unittest import mock
 
 import keras
 import pytest
-from clue_files import CLUE, LABELS, TINY, sentences, write_lines
+from clue_files import CLUE, LABELS, TINY, sentences, start, write_lines
 
 sys.path.insert(0, str(CLUE))
 
@@ -17,9 +19,9 @@ def tiny_tnews(tmp_path_factory):
     write_lines(directory / "dev.json", sentences(21, seed=1))
     labels = [{"label": label, "label_desc": f"news_{label}"} for label in LABELS]
     write_lines(directory / "labels.json", labels)
-    for name, start, seed in (("test.json", 0, 2), ("test1.0.json", 100, 3)):
+    for name, first, seed in (("test.json", 0, 2), ("test1.0.json", 100, 3)):
         tests = [
-            {"id": start + index, "sentence": line["sentence"], "keywords": ""}
+            {"id": first + index, "sentence": line["sentence"], "keywords": ""}
             for index, line in enumerate(sentences(11, seed=seed))
         ]
         write_lines(directory / name, tests[::-1])  # ids need not rise
@@ -36,8 +38,14 @@ def command(tiny_tnews):
 @pytest.fixture(scope="session")
 def finished_run(command, tmp_path_factory):
     """The directory of a run that went through undisturbed."""
-    import run
-
     output = tmp_path_factory.mktemp("runs") / "finished"
-    assert run.main([*command, "--output", str(output)]) == 0
+    with start(*command, "--output", str(output)) as process:
+        assert process.wait() == 0
     return output
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """What run.py sets for its process ends with the test."""
+    with mock.patch.dict(os.environ):
+        yield

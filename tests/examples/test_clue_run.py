@@ -1,15 +1,12 @@
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import run
 import tnews
-from clue_files import CLUE, LABELS, TINY
+from clue_files import LABELS, TINY, start
 
 FILES = [
     "best.weights.h5",
@@ -63,14 +60,11 @@ def test_a_finished_run_is_left_alone(finished_run, command, capsys):
 def killed_run(command, finished_run, tmp_path_factory):
     """A run killed by kill -9 after its first epoch."""
     output = tmp_path_factory.mktemp("runs") / "killed"
-    environment = {**os.environ, "PYTHONPATH": str(CLUE.parents[1])}
-    arguments = [sys.executable, str(CLUE / "run.py"), *command, "--output", str(output)]
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL)
-    while not (output / "state.npz").exists():
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with start(*command, "--output", str(output)) as process:
+        while not (output / "state.npz").exists():
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
     assert not (output / "result.json").exists()
     return output
 
@@ -81,7 +75,8 @@ def test_resumed_run_ends_as_the_undisturbed_one(killed_run, finished_run, comma
     other = ["tnews", "--resume", "--output", str(killed_run)]
     assert run.main([*other, "--learning-rate", "0.5"]) == 2
     assert "learning_rate 0.001 there, 0.5 here" in capsys.readouterr().err
-    assert run.main(other) == 0  # what is not given is as it was
+    with start(*other) as process:  # what is not given is as it was
+        assert process.wait() == 0
     assert names(killed_run) == FILES
     assert metrics(killed_run) == metrics(finished_run)
     for name in tnews.TESTS:

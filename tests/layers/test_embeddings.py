@@ -74,7 +74,7 @@ def test_first_adam_step_moves_repeated_segments_by_the_learning_rate():
     layer = SegmentEmbedding(2)
     model = keras.Model(inputs, layer(*inputs))
     (before,) = layer.get_weights()
-    model.compile(keras.optimizers.Adam(0.01), lambda y, p: ops.sum(y * p), jit_compile=False)
+    model.compile(keras.optimizers.Adam(0.01), lambda y, p: ops.sum(y * p))
     hidden, segments = np.zeros((2, 4, 3), "float32"), np.repeat([[0], [1]], 4, axis=1)
     model.train_on_batch([hidden, segments], np.ones_like(hidden))
     np.testing.assert_allclose(before - layer.get_weights()[0], 0.01, rtol=1e-3)

@@ -224,7 +224,7 @@ def test_the_token_table_learns_from_both_its_uses(head):
     model = keras.Model(bert.inputs, bert.outputs[head == "mlm"])
     table = bert.get_layer("token_embedding").embeddings
     before = ops.convert_to_numpy(table).copy()
-    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
+    model.compile(keras.optimizers.SGD(0.1), "mse")
     targets = np.random.default_rng(0).normal(size=(3, 6, table.shape[head == "input"]))
     model.train_on_batch([TOKENS, SEGMENTS], targets)
     moved = set(np.flatnonzero((ops.convert_to_numpy(table) != before).any(axis=1)))

@@ -121,7 +121,7 @@ def test_gradients_equal_those_of_the_definition(mask):
     layer = Heads()
     model = keras.Sequential([keras.Input(mask.shape[1:]), layer])
     layer.set_weights(heads)
-    model.compile(keras.optimizers.SGD(1.0), lambda y, p: ops.sum(y * p), jit_compile=False)
+    model.compile(keras.optimizers.SGD(1.0), lambda y, p: ops.sum(y * p))
     model.train_on_batch(mask.astype("float32"), factor.astype("float32"))
     for i, (before, after) in enumerate(zip(heads, layer.get_weights(), strict=True)):
         expected = numeric_gradient(heads, i, mask, factor)

@@ -49,7 +49,7 @@ def read_lines(path: Path, example: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{path} is missing: unpack the official archive of the task into that directory, "
             "or give another one by --data."

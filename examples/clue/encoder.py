@@ -59,6 +59,8 @@ def _pretrained(
 def _from_scratch(
     vocabulary: str | None, lowercase: bool | None, settings: Settings, data: TaskData
 ) -> tuple[WordPieceTokenizer, keras.Model]:
+    if vocabulary is not None and not Path(vocabulary).is_file():
+        raise FileNotFoundError(f"{vocabulary} is missing: give another --vocab, or none.")
     tokens = vocabulary or build_vocabulary(data.train.texts, lowercase=lowercase is None)
     tokenizer = WordPieceTokenizer(tokens, lowercase)
     sizes = {

@@ -29,13 +29,15 @@ class EpochProgress(keras.callbacks.Callback):
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn(
+                "loss {task.fields[loss]:.3f}  best dev accuracy {task.fields[best]:.2%}"
+            ),
             TimeRemainingColumn(),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self.task = self.bar.add_task("", epoch=1, epochs=epochs, loss=float("nan"))
+        self.task = self.bar.add_task("", **self._fields(epoch=0))
 
     def __enter__(self):
         self.bar.start()
@@ -45,15 +47,15 @@ class EpochProgress(keras.callbacks.Callback):
         self.bar.stop()
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.bar.reset(self.task, total=self.params["steps"], epoch=epoch + 1)
+        steps = self.params["steps"]
+        self.bar.reset(self.task, total=steps, **self._fields(epoch))  # fields are not kept
 
     def on_train_batch_end(self, batch, logs=None):
         if self.console.is_terminal:  # reading a figure waits for the device
             self.bar.update(self.task, completed=batch + 1, loss=float(logs["crossentropy"]))
 
     def on_epoch_end(self, epoch, logs=None):
-        figures = self.history[-1]
-        best = max(figures["dev_accuracy"] for figures in self.history)
+        figures, best = self.history[-1], self._fields(epoch)["best"]
         self.console.print(
             f"epoch {epoch + 1}/{self.epochs}  loss {figures['loss']:.3f}  "
             f"dev loss {figures['dev_loss']:.3f}  "
@@ -62,3 +64,8 @@ class EpochProgress(keras.callbacks.Callback):
             highlight=False,
             soft_wrap=True,
         )
+
+    def _fields(self, epoch: int) -> dict:
+        nan = float("nan")
+        best = max((figures["dev_accuracy"] for figures in self.history), default=nan)
+        return {"epoch": epoch + 1, "epochs": self.epochs, "loss": nan, "best": best}

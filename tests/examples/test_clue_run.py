@@ -93,7 +93,7 @@ def test_resumed_run_ends_as_the_undisturbed_one(killed_run, finished_run, comma
         (["tnews", "--data", "missing"], "labels.json is missing: unpack the official archive"),
         (["tnews", "--model", "missing"], "holds neither bert_config.json nor config.json"),
         (["tnews", "--model", "dir", "--layers", "2"], "--layers is for encoders from scratch"),
-        (["tnews", "--vocab", "missing.txt"], "missing.txt"),
+        (["tnews", "--vocab", "missing.txt"], "missing.txt is missing: give another --vocab"),
         (["tnews", "--hidden", "200"], "must be a multiple of num_attention_heads=3"),
         (["tnews", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["tnews", "--dropout", "1.5"], "dropout must be in [0, 1), got 1.5"),

@@ -11,11 +11,14 @@ and compile, are reported apart.
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections import Counter
 from pathlib import Path
+
+from measure import pin_to_one_core
+
+pin_to_one_core()
 
 import keras
 import numpy as np
@@ -29,8 +32,6 @@ SAMPLE = Path(__file__).parents[1] / "examples" / "clue" / "sample" / "tnews" / 
 
 def main() -> None:
     arguments = parse()
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     lines = arguments.data.read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["sentence"] for line in lines]
     tokenizer = WordPieceTokenizer(build_vocabulary(texts))

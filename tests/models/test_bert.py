@@ -8,19 +8,11 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from small_bert import HEADS, SIZES
 
 from keras_ext.models import BERT
 
 GOLDEN = np.load(Path(__file__).with_name("golden") / "bert.npz")
-HEADS = {"with_mlm": True, "with_nsp": True, "with_pool": True}
-SIZES = {
-    "vocab_size": 11,
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 12,
-    "max_position_embeddings": 7,
-}
 TOKENS = np.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 0, 0, 0], [7, 0, 0, 0, 0, 0]], "int32")
 SEGMENTS = np.array([[0, 0, 0, 1, 1, 1], [0, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]], "int32")
 

@@ -6,17 +6,10 @@ import numpy as np
 import pytest
 from bundle import write_bundle
 from keras import ops
+from small_bert import SIZES
 
 from keras_ext.models import BERT, build_transformer_model, load_checkpoint
 
-SIZES = {
-    "vocab_size": 11,
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 12,
-    "max_position_embeddings": 7,
-}
 INPUTS = [np.array([[1, 2, 3, 0]], "int32"), np.array([[0, 0, 1, 0]], "int32")]
 
 

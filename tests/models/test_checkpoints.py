@@ -8,19 +8,10 @@ import numpy as np
 import pytest
 from bundle import write_bundle
 from keras import ops
+from small_bert import HEADS, SIZES
 
 from keras_ext.models import BERT, load_checkpoint
 from keras_ext.models.checkpoints import open_checkpoint
-
-HEADS = {"with_mlm": True, "with_nsp": True, "with_pool": True}
-SIZES = {
-    "vocab_size": 11,
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 12,
-    "max_position_embeddings": 7,
-}
 
 
 def build(**options):

@@ -12,9 +12,12 @@ and compile, are reported apart.
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections import Counter
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from measure import pin_to_one_core
 

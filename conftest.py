@@ -24,6 +24,13 @@ if keras.backend.backend() == "tensorflow":
 
 ROOT = Path(__file__).resolve().parent
 
+# Each imports its own backend, of which one is sure to be installed.
+collect_ignore = [
+    f"keras_ext/backend/{name}.py"
+    for name in ("tensorflow", "jax", "torch")
+    if name != keras.backend.backend()
+]
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:

@@ -9,8 +9,10 @@ stands here once per backend, under one name:
 | `add_to(variables, tensors)` | `variable += tensor` for many, sparse gradients included |
 | `values(gradient)` | the tensor of values that a dense or sparse gradient stores |
 | `map_values(fn, gradient)` | apply an elementwise function to them |
+| `densify(gradient)` | the gradient as one tensor, rows of repeated tokens summed |
+| `copies(variables)` | tensors that keep their values when the variables change |
 | `apply_gradients(optimizer, grads, variables)` | one update that may stand inside `cond` |
-| `merge_replicas(fn, grads, weight)` | call `fn` once with the sums over all replicas |
+| `merge_replicas(fn, grads, *scalars)` | call `fn` once with the sums over all replicas |
 | `num_replicas()` | replicas whose gradients the optimizer has to sum itself |
 | `has_value(variable)` | False where a failed JAX training step left a variable empty |
 
@@ -35,6 +37,8 @@ cond = _backend.cond
 add_to = _backend.add_to
 values = _backend.values
 map_values = _backend.map_values
+densify = _backend.densify
+copies = _backend.copies
 apply_gradients = _backend.apply_gradients
 merge_replicas = _backend.merge_replicas
 num_replicas = _backend.num_replicas
@@ -44,6 +48,8 @@ __all__ = [
     "add_to",
     "apply_gradients",
     "cond",
+    "copies",
+    "densify",
     "has_value",
     "map_values",
     "merge_replicas",

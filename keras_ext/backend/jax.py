@@ -45,6 +45,14 @@ def map_values(fn, gradient):
     return fn(gradient)
 
 
+def densify(gradient):
+    return gradient
+
+
+def copies(variables):
+    return [v.value for v in variables]  # arrays do not change
+
+
 def apply_gradients(optimizer, grads, variables):
     """Update through `stateless_apply`: `LossScaleOptimizer.apply` leaks tracers on JAX."""
     new_variables, new_state = optimizer.stateless_apply(
@@ -56,9 +64,9 @@ def apply_gradients(optimizer, grads, variables):
         variable.assign(value)
 
 
-def merge_replicas(fn, grads, weight):
+def merge_replicas(fn, grads, *scalars):
     """Nothing to merge: a JAX array is global, its gradient already covers all devices."""
-    fn(grads, weight)
+    fn(grads, *scalars)
 
 
 def num_replicas():

@@ -38,6 +38,15 @@ def map_values(fn, gradient):
     return fn(gradient)
 
 
+def densify(gradient):
+    """Of an `IndexedSlices`, the whole table: rows that occur more than once are summed."""
+    return tf.convert_to_tensor(gradient)
+
+
+def copies(variables):
+    return [tf.identity(v.value) for v in variables]
+
+
 def apply_gradients(optimizer, grads, variables):
     """One update. Outside the replicas of a strategy, enter them for it.
 
@@ -61,27 +70,26 @@ def apply_gradients(optimizer, grads, variables):
         strategy.extended.call_for_each_replica(in_replica, args=tuple(grads))
 
 
-def merge_replicas(fn, grads, weight):
-    """Call `fn(grads, weight)` once, with the sums over all replicas.
+def merge_replicas(fn, grads, *scalars):
+    """Call `fn(grads, *scalars)` once, with the sums over all replicas.
 
     A conditional must not stand inside a replica when one of its branches merges the
     replicas again (an optimizer does), so `fn` runs in the cross-replica context.
     """
     if not tf.distribute.has_strategy():
-        fn(grads, weight)
+        fn(grads, *scalars)
         return
 
-    def merged(strategy, grads, weight):
+    def merged(strategy, grads, *scalars):
         def total(value):
             if value is None:
                 return None
             return strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None)
 
-        fn([total(g) for g in grads], total(weight))
+        fn([total(g) for g in grads], *map(total, scalars))
 
-    dense = [None if g is None else tf.convert_to_tensor(g) for g in grads]
-    weight = tf.convert_to_tensor(weight)
-    tf.distribute.get_replica_context().merge_call(merged, args=(dense, weight))
+    dense = [None if g is None else densify(g) for g in grads]
+    tf.distribute.get_replica_context().merge_call(merged, args=(dense, *scalars))
 
 
 def num_replicas():

@@ -22,12 +22,20 @@ def map_values(fn, gradient):
     return fn(gradient)
 
 
+def densify(gradient):
+    return gradient
+
+
+def copies(variables):
+    return [v.value.detach().clone() for v in variables]
+
+
 def apply_gradients(optimizer, grads, variables):
     optimizer.apply(grads, variables)
 
 
-def merge_replicas(fn, grads, weight):
-    fn(grads, weight)
+def merge_replicas(fn, grads, *scalars):
+    fn(grads, *scalars)
 
 
 def num_replicas():

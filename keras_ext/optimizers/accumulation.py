@@ -99,8 +99,7 @@ class AccumOptimizer(OptimizerWrapper):
         self.nonfinite = nonfinite
 
     def _check_inner(self, nonfinite):
-        inner = self.inner_optimizer
-        while inner is not None:
+        for inner in self.inner_optimizers():
             if isinstance(inner, AccumOptimizer) or inner.gradient_accumulation_steps:
                 raise ValueError(
                     f"optimizer {inner.name!r} already accumulates gradients. Set the number "
@@ -112,7 +111,6 @@ class AccumOptimizer(OptimizerWrapper):
                     "whose scale could then never fall. Put the LossScaleOptimizer outside, "
                     'or use nonfinite="propagate".'
                 )
-            inner = getattr(inner, "inner_optimizer", None)
 
     def build(self, variables):
         self.micro_step = self.add_variable((), dtype="int", name="micro_step")

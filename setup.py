@@ -10,6 +10,7 @@ version = re.search(r'__version__ = "(.+)"', (root / "keras_ext/__init__.py").re
 
 nlp = ["tokenizers", "safetensors", "huggingface_hub"]
 clue = [*nlp, "matplotlib", "rich", "scikit-learn", "seqeval"]
+notebooks = ["ipykernel", "jupytext", "nbclient"]
 
 setup(
     name="keras-ext",
@@ -29,7 +30,7 @@ setup(
         "jax": ["jax"],
         "nlp": nlp,
         "clue": clue,
-        "test": [*clue, "optax", "pytest", "pytest-xdist", "ruff"],
+        "test": [*clue, *notebooks, "optax", "pytest", "pytest-xdist", "ruff"],
     },
     classifiers=[
         "Intended Audience :: Developers",

@@ -1,6 +1,7 @@
 """What holds for the repository as a whole: imports, the public address, private names."""
 
 import ast
+import inspect
 import json
 import os
 import re
@@ -101,9 +102,16 @@ def test_both_readmes_say_the_same():
 
 
 def test_every_public_name_has_a_docstring_with_an_example():
+    without_example = {"OptimizerWrapper", "UpdateWrapper", "Encoding", "CheckpointReport"}
     for part in map(keras_ext.__dict__.get, keras_ext.__all__):
-        for name in part.__all__:
-            thing = getattr(part, name)
+        public = {name: getattr(part, name) for name in part.__all__}
+        for module in [thing for thing in public.values() if inspect.ismodule(thing)]:
+            public |= {
+                name: thing
+                for name, thing in vars(module).items()
+                if inspect.isclass(thing) and thing.__module__ == module.__name__
+            }
+        for name, thing in public.items():
             assert thing.__doc__, name
-            if name not in {"OptimizerWrapper", "Encoding", "CheckpointReport"}:
+            if name not in without_example and not inspect.ismodule(thing):
                 assert ">>>" in thing.__doc__, name

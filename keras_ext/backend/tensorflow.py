@@ -50,10 +50,12 @@ def copies(variables):
 def apply_gradients(optimizer, grads, variables):
     """One update. Outside the replicas of a strategy, enter them for it.
 
-    Keras sums the gradients over the replicas after it clipped them in each. Here they
-    are summed already, so the first replica brings the sum and the others zeros: both
-    the clipping and the sum come out exactly as on a single device.
+    Rows of repeated tokens are summed before: the optimizers of Keras would square and clip
+    them one by one. Keras sums the gradients over the replicas after it clipped them in each.
+    Here they are summed already, so the first replica brings the sum and the others zeros:
+    both the clipping and the sum come out exactly as on a single device.
     """
+    grads = [None if g is None else densify(g) for g in grads]
     strategy = getattr(variables[0].value, "distribute_strategy", None)
     if strategy is None or strategy.num_replicas_in_sync == 1:
         optimizer.apply(grads, variables)

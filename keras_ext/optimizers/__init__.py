@@ -1,6 +1,41 @@
-"""Optimizer wrappers. Each owns an inner optimizer: `Wrapper(keras.optimizers.Adam(), ...)`."""
+"""Optimizers, and wrappers that own an inner one: `Wrapper(keras.optimizers.Adam(), ...)`."""
 
+from keras_ext.optimizers import schedules
 from keras_ext.optimizers.accumulation import AccumOptimizer
-from keras_ext.optimizers.wrapper import OptimizerWrapper
+from keras_ext.optimizers.adafactor import RelativeAdafactor
+from keras_ext.optimizers.clipping import ClipOptimizer
+from keras_ext.optimizers.ema import EMAOptimizer
+from keras_ext.optimizers.layer_adaptation import LayerAdaptiveOptimizer
+from keras_ext.optimizers.lazy import LazyOptimizer
+from keras_ext.optimizers.lookahead import LookaheadOptimizer
+from keras_ext.optimizers.low_rank import LowRankOptimizer
+from keras_ext.optimizers.momentum_accumulation import (
+    MomentumAccumAdam,
+    MomentumAccumAdamW,
+    MomentumAccumLamb,
+    MomentumAccumSGD,
+    Tiger,
+)
+from keras_ext.optimizers.multipliers import MultiplierOptimizer, layerwise_decay
+from keras_ext.optimizers.wrapper import OptimizerWrapper, UpdateWrapper
 
-__all__ = ["AccumOptimizer", "OptimizerWrapper"]
+__all__ = [
+    "AccumOptimizer",
+    "ClipOptimizer",
+    "EMAOptimizer",
+    "LayerAdaptiveOptimizer",
+    "LazyOptimizer",
+    "LookaheadOptimizer",
+    "LowRankOptimizer",
+    "MomentumAccumAdam",
+    "MomentumAccumAdamW",
+    "MomentumAccumLamb",
+    "MomentumAccumSGD",
+    "MultiplierOptimizer",
+    "OptimizerWrapper",
+    "RelativeAdafactor",
+    "Tiger",
+    "UpdateWrapper",
+    "layerwise_decay",
+    "schedules",
+]

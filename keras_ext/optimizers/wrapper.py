@@ -1,6 +1,15 @@
-"""What every optimizer wrapper shares: it owns an inner optimizer and speaks for it."""
+"""What optimizer wrappers share: they own an inner optimizer and speak for it."""
 
 import keras
+
+from keras_ext import backend
+
+# Keras optimizers that compute the weights from their state, which follows the weights.
+FOLLOWERS = tuple(
+    getattr(keras.optimizers, name)
+    for name in ("Ftrl", "ScheduleFreeAdamW")
+    if hasattr(keras.optimizers, name)
+)
 
 
 class OptimizerWrapper(keras.optimizers.Optimizer):
@@ -23,9 +32,21 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
     built for), `_get_variable_index` and `_check_variables_are_known`.
     """
 
+    # Whether the state follows the weights (slow weights, averages, factors), so that nothing
+    # else may move them in between.
+    tracks_weights = False
+
     def __init__(self, optimizer: keras.optimizers.Optimizer | str, name: str | None = None):
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = keras.optimizers.get(optimizer)
+
+    def inner_optimizers(self) -> list:
+        """The chain of optimizers inside, outermost first."""
+        chain, inner = [], self.inner_optimizer
+        while inner is not None:
+            chain.append(inner)
+            inner = getattr(inner, "inner_optimizer", None)
+        return chain
 
     def build(self, variables):
         super().build(variables)
@@ -135,3 +156,84 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
             config.pop("optimizer"), custom_objects=custom_objects
         )
         return cls(optimizer, **config)
+
+
+class UpdateWrapper(OptimizerWrapper):
+    """Base of wrappers that change the step of the inner optimizer, variable by variable.
+
+        w <- rewrite(w, w'),    w' = where the inner optimizer goes from w
+
+    What acts inside (clipping, weight decay, momentum) acts before; constraints are applied
+    once more afterwards. Where the inner optimizer waits, w' = w and nothing moves. On
+    TensorFlow the inner optimizer gets the gradients of repeated tokens summed. A subclass
+    defines `rewrite`, and `rewrites` if it leaves some variables alone.
+
+    Raises:
+        ValueError: something inside follows the weights (a moving average, slow weights,
+            factors) and would follow w' instead of the weights.
+    """
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer | str, name: str | None = None):
+        super().__init__(optimizer, name=name)
+        for inner in self.inner_optimizers():
+            if inner.use_ema or getattr(inner, "tracks_weights", isinstance(inner, FOLLOWERS)):
+                what = "use_ema=True" if inner.use_ema else type(inner).__name__
+                raise ValueError(
+                    f"{type(self).__name__} changes the steps that {what} of {inner.name!r} "
+                    "keeps account of. Put it inside: the wrapper that follows the weights "
+                    "goes outside (for use_ema, EMAOptimizer)."
+                )
+
+    def rewrites(self, index: int) -> bool:
+        """Whether the steps of variable `index` are changed at all."""
+        return True
+
+    def constrains(self, index: int) -> bool:
+        """Whether the constraint of variable `index` is applied to what `rewrite` returns."""
+        return True
+
+    def before_step(self):
+        """What `rewrite` has to know from before the inner step."""
+
+    def rewrite(self, index: int, old, new, grad, before):
+        """The new value of variable `index`.
+
+        Args:
+            index: which variable.
+            old: w, in float32 (float64) whatever the variable is.
+            new: w', likewise.
+            grad: the gradient as one tensor, None if there is none.
+            before: what `before_step` returned.
+        """
+        raise NotImplementedError
+
+    def apply(self, grads, trainable_variables=None):
+        backend.merge_replicas(self._apply, self.align(grads, trainable_variables))
+
+    def _apply(self, grads):
+        variables = self.inner_variables
+        grads = [None if g is None else backend.densify(g) for g in grads]
+        chosen = [
+            i
+            for i, v in enumerate(variables)
+            if self.rewrites(i) and not getattr(v, "overwrite_with_gradient", False)
+        ]
+        old = backend.copies([variables[i] for i in chosen])
+        before = self.before_step()
+        updates = self.iterations + 0  # the number, not the variable
+        backend.apply_gradients(self.inner_optimizer, grads, variables)
+        updated = self.iterations > updates
+        for i, w in zip(chosen, old, strict=True):
+            variable = variables[i]
+            new = keras.ops.stop_gradient(variable.value)
+            value = self.rewrite(
+                i, _at_least_float32(w), _at_least_float32(new), grads[i], before
+            )
+            variable.assign(value)
+            if variable.constraint is not None and self.constrains(i):
+                value = variable.constraint(variable)  # none while the inner optimizer waits
+                variable.assign(keras.ops.where(updated, value, variable.value))
+
+
+def _at_least_float32(tensor):
+    return keras.ops.cast(tensor, keras.backend.result_type(tensor.dtype, "float32"))

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from reference import adafactor, low_rank, momentum_accumulation, update_wrappers, wrappers
 from reference import optimizers as numpy_optimizers
 from reference.problems import OUTPUTS, VOCABULARY, WIDTH, Regression
 
@@ -31,14 +32,101 @@ def batches(size: int) -> list[slice]:
     return [slice(i, i + size) for i in range(0, ROWS, size)]
 
 
+def trained(update, size: int = BATCH, transform=lambda grads: grads):
+    """Reference weights: a NumPy update for every batch of `size` rows."""
+    return lambda problem: problem.train(update, batches(size), transform)
+
+
+def looked_ahead(problem: Regression) -> list[np.ndarray]:
+    optimizer = wrappers.Lookahead(wrappers.Leaf(ADAM), 3, 0.5)
+    weights = problem.weights
+    for rows in batches(BATCH):
+        weights = optimizer.step(weights, problem.gradients(weights, rows))
+    return weights
+
+
+def low_rank_trained(problem: Regression) -> list[np.ndarray]:
+    *matrices, bias = problem.weights
+    forms = [low_rank.Additive(w, 1) for w in matrices] + [low_rank.Whole(bias)]
+    return low_rank.train(problem, forms, ADAM, batches(BATCH))[0]
+
+
+ADAM = numpy_optimizers.adam(LR)
+CYCLE = 3
+
 ROWS_OF_TABLE = [
     Row(
         "AccumOptimizer",
-        lambda: optimizers.AccumOptimizer(keras.optimizers.Adam(LR), 3),
-        lambda problem: problem.train(numpy_optimizers.adam(LR), batches(3 * BATCH)),
+        lambda: optimizers.AccumOptimizer(keras.optimizers.Adam(LR), CYCLE),
+        trained(ADAM, CYCLE * BATCH),
+    ),
+    Row(
+        "ClipOptimizer",
+        lambda: optimizers.ClipOptimizer(keras.optimizers.Adam(LR), 0.5),
+        trained(ADAM, transform=lambda grads: numpy_optimizers.clip_global(grads, 0.5)),
+    ),
+    Row(
+        "EMAOptimizer",
+        lambda: optimizers.EMAOptimizer(keras.optimizers.Adam(LR)),
+        trained(ADAM),
+    ),
+    Row(
+        "LayerAdaptiveOptimizer",
+        lambda: optimizers.LayerAdaptiveOptimizer(keras.optimizers.Adam(LR)),
+        trained(update_wrappers.layer_adaptive(ADAM, lambda t: LR)),
+    ),
+    Row(
+        "LazyOptimizer",
+        lambda: optimizers.LazyOptimizer(keras.optimizers.Adam(LR)),
+        trained(update_wrappers.lazy(ADAM)),
+    ),
+    Row(
+        "LookaheadOptimizer",
+        lambda: optimizers.LookaheadOptimizer(keras.optimizers.Adam(LR), 3, 0.5),
+        looked_ahead,
+    ),
+    Row(
+        "LowRankOptimizer",
+        lambda: optimizers.LowRankOptimizer(keras.optimizers.Adam(LR), 1, mode="additive"),
+        low_rank_trained,
+    ),
+    Row(
+        "MomentumAccumAdam",
+        lambda: optimizers.MomentumAccumAdam(LR, CYCLE),
+        trained(momentum_accumulation.hidden_adam(LR, CYCLE)),
+    ),
+    Row(
+        "MomentumAccumAdamW",
+        lambda: optimizers.MomentumAccumAdamW(LR, CYCLE, weight_decay=0.1),
+        trained(momentum_accumulation.hidden_adam(LR, CYCLE, weight_decay=0.1)),
+    ),
+    Row(
+        "MomentumAccumLamb",
+        lambda: optimizers.MomentumAccumLamb(LR, CYCLE),
+        trained(momentum_accumulation.hidden_lamb(LR, CYCLE)),
+    ),
+    Row(
+        "MomentumAccumSGD",
+        lambda: optimizers.MomentumAccumSGD(LR, 0.9, CYCLE),
+        trained(numpy_optimizers.sgd(LR, 0.9), CYCLE * BATCH),
+    ),
+    Row(
+        "MultiplierOptimizer",
+        lambda: optimizers.MultiplierOptimizer(keras.optimizers.Adam(LR), {"kernel": 0.5}),
+        trained(update_wrappers.multiply(ADAM, [1.0, 0.5, 1.0])),
+    ),
+    Row(
+        "RelativeAdafactor",
+        lambda: optimizers.RelativeAdafactor(LR, beta_1=0.9, min_dim_size_to_factor=4),
+        trained(adafactor.relative_adafactor(LR, beta_1=0.9, min_dim=4)),
+    ),
+    Row(
+        "Tiger",
+        lambda: optimizers.Tiger(LR, CYCLE),
+        trained(momentum_accumulation.tiger(LR, ["rows", "matrix", "vector"]), CYCLE * BATCH),
     ),
 ]
-ABSTRACT = {"OptimizerWrapper"}
+ABSTRACT = {"OptimizerWrapper", "UpdateWrapper"}
 
 
 @pytest.fixture(params=ROWS_OF_TABLE, ids=[row.name for row in ROWS_OF_TABLE])

@@ -1,0 +1,221 @@
+"""Learning rates of their own for some variables, whatever the optimizer.
+
+    w <- w + m (w' - w),    w' = where the inner optimizer goes from w
+
+Multiplying a loss or a gradient does nothing under Adam, which divides by the size of the
+gradient; so the multiplier m of a variable acts on its update. Where an update is proportional
+to the learning rate, that equals the inner optimizer with the rate m lr for this variable.
+(Adafactor bounds its rate by 1/sqrt(t) first; Ftrl and ScheduleFreeAdamW, whose state follows
+the weights, are refused.) Decoupled weight decay is lr wd w and scales along. Clipping,
+also of the global norm, acts before and sees all gradients.
+
+Exact: m = 1 is the inner optimizer (on TensorFlow, with the gradients of repeated tokens
+summed) and m = 0 the old weight, bit for bit; otherwise equality is up to the rounding of w'
+and w. A constraint acts on w' and again on the result, which is
+new to it only for m > 1 if it is convex. Cost: a copy of the weights with m != 1, and three
+elementary operations on each.
+
+`keras.optimizers.MultiOptimizer` (absent from older Keras) does the same with one optimizer
+per learning rate. Each of them clips the norm of its own variables only and has a schedule of
+its own; there is no `learning_rate`, so callbacks that set it fail; and `.keras` files hold the
+state twice.
+
+Layer-wise decay (`layerwise_decay`) is such a choice of multipliers to fine-tune a Transformer:
+decay^(n - i) for block i = 0 .. n - 1, decay^(n + 1) for the embeddings.
+
+Source: kexue.fm/archives/6418; bert4keras `extend_with_parameter_wise_lr`; Howard and Ruder
+2018, arXiv 1801.06146 (discriminative fine-tuning).
+"""
+
+import math
+import re
+import weakref
+from collections.abc import Mapping
+
+import keras
+
+from keras_ext.optimizers.patterns import as_patterns, matched, some
+from keras_ext.optimizers.wrapper import UpdateWrapper
+
+# What `keras_ext.models` calls its layers; a nested model may stand before them in a path.
+BLOCK = re.compile(r"(?:^|/)encoder_(\d+)/")
+EMBEDDINGS = r"(^|/)(token_embedding|segment_embedding|position_embedding|embedding_norm)/"
+
+
+@keras.saving.register_keras_serializable(package="keras_ext")
+class MultiplierOptimizer(UpdateWrapper):
+    """Multiply the learning rate of chosen variables, under any optimizer.
+
+        w <- w + m (w' - w),    w' = where the inner optimizer goes from w
+
+    Args:
+        optimizer: the `keras.optimizers.Optimizer` to wrap, or its name.
+        multipliers: a dictionary of multipliers 0 <= m < inf. A key is a regular expression
+            that is searched in `variable.path`, such as "classifier/" or r"bias$", or a layer
+            (or model), which stands for all its variables. Other variables have m = 1. m = 0
+            freezes, bit for bit; the state of the inner optimizer moves on all the same.
+        name: name of the wrapper.
+
+    Attributes:
+        multipliers: the same with a pattern of exact paths for each layer, as it is saved.
+
+    A variable that two keys match is an error: "encoder_1" also matches encoder_10. Write
+    "encoder_1/". To multiply multipliers, wrap twice. (bert4keras multiplies.)
+
+    Raises:
+        ValueError: a key or a multiplier is none; when built, a key matches no variable or two
+            keys match one, or a variable outside a layer has the path of one inside.
+
+    Example:
+        >>> optimizer = MultiplierOptimizer(keras.optimizers.Adam(1e-3), {"kernel": 0.1})
+        >>> model.compile(optimizer, loss="mse")
+        >>> history = model.fit(x, y, verbose=0)  # the bias learns ten times faster
+
+    Reference: Howard and Ruder 2018, arXiv 1801.06146.
+    """
+
+    def __init__(
+        self,
+        optimizer: keras.optimizers.Optimizer | str,
+        multipliers: Mapping[str | keras.layers.Layer, float],
+        name: str | None = None,
+    ):
+        super().__init__(optimizer, name=name)
+        if not isinstance(multipliers, Mapping):
+            raise ValueError(
+                f"multipliers must be a dictionary pattern -> multiplier, got {multipliers!r}."
+            )
+        for key, multiplier in multipliers.items():
+            _check(key, multiplier)
+        # A layer has no paths before it is built, and Keras would save one that an attribute
+        # holds as a part of the optimizer: hence the weak reference until `build`.
+        self._items = [
+            (weakref.ref(key) if isinstance(key, keras.layers.Layer) else key, float(m))
+            for key, m in multipliers.items()
+        ]
+
+    @property
+    def multipliers(self) -> dict[str, float]:
+        return {_pattern(key): multiplier for key, multiplier in self._items}
+
+    def build(self, variables):
+        factors, owner = [1.0] * len(variables), {}
+        for key, multiplier in self._items:
+            for i in _matched(key, variables):
+                if i in owner:
+                    raise ValueError(
+                        f"multipliers: {_shown(owner[i])} and {_shown(key)} both match "
+                        f"{variables[i].path}. Make them disjoint, or wrap twice to multiply."
+                    )
+                factors[i], owner[i] = multiplier, key
+        self._items = list(self.multipliers.items())
+        self._factors = factors
+        super().build(variables)
+
+    def rewrites(self, index):
+        return self._factors[index] != 1
+
+    def constrains(self, index):
+        return self._factors[index] != 0  # frozen bit for bit
+
+    def rewrite(self, index, old, new, grad, before):
+        multiplier = self._factors[index]
+        return old + multiplier * (new - old) if multiplier else old
+
+    def get_config(self):
+        return super().get_config() | {"multipliers": self.multipliers}
+
+
+def layerwise_decay(model: keras.Model, decay: float) -> dict[str, float]:
+    """Multipliers that fall from the head of a Transformer to its embeddings.
+
+        1               the head, and everything else that is not named below
+        decay^(n - i)   block i of n, layer `encoder_i`: decay for the top one
+        decay^(n + 1)   token, segment and position embeddings and their norm
+
+    That is the rule of BEiT and MAE. ELECTRA's code has one level more between head and top
+    block (n + 1 - i and n + 2); to have it, multiply the rate of the head by 1 / decay and the
+    learning rate by decay. ULMFiT divides by 2.6 a layer.
+
+    Args:
+        model: built by `keras_ext.models.build_transformer_model`, or a model around such a
+            one. Frozen layers have no entry.
+        decay: factor per layer, 0 < decay <= 1; usual are 0.65 to 0.95.
+
+    Returns:
+        The dictionary for `MultiplierOptimizer`; further keys may be added.
+
+    Raises:
+        ValueError: decay is out of range, or the model has no layer `encoder_i`.
+
+    Example:
+        >>> bert = build_transformer_model("bert_config.json", with_pool=True)
+        >>> multipliers = layerwise_decay(bert, 0.9) | {"pooler/": 2.0}
+        >>> optimizer = MultiplierOptimizer(keras.optimizers.Adam(2e-5), multipliers)
+
+    Reference: Bao et al. 2021 (BEiT), arXiv 2106.08254; Clark et al. 2020 (ELECTRA),
+    arXiv 2003.10555.
+    """
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay must be in (0, 1], got {decay!r}.")
+    paths = [w.path for w in model.weights]
+    blocks = [int(found[1]) for path in paths if (found := BLOCK.search(path))]
+    if not blocks:
+        raise ValueError(
+            "No layer of the model is called encoder_0, encoder_1, ..., as in "
+            f"build_transformer_model. Its variables: {some(paths)}."
+        )
+    depth = max(blocks) + 1
+    multipliers = {rf"(^|/)encoder_{i}/": decay ** (depth - i) for i in range(depth)}
+    multipliers[EMBEDDINGS] = decay ** (depth + 1)
+    trainable = [w.path for w in model.trainable_weights]
+    return {
+        pattern: multiplier
+        for pattern, multiplier in multipliers.items()
+        if any(re.search(pattern, path) for path in trainable)
+    }
+
+
+def _check(key, multiplier):
+    if not isinstance(key, keras.layers.Layer):
+        as_patterns("keys of multipliers", [key])
+    number = isinstance(multiplier, (int, float)) and not isinstance(multiplier, bool)
+    if not number or not 0 <= multiplier < math.inf:
+        raise ValueError(
+            f"multipliers must be numbers, 0 <= m < inf, got {multiplier!r} for {key!r}."
+        )
+
+
+def _pattern(key):
+    """The key as a regular expression; of a layer, exactly the paths of its weights."""
+    if isinstance(key, str):
+        return key
+    layer = key()
+    if layer is None or not layer.weights:
+        raise ValueError(
+            f"multipliers: {_shown(key)} has no weights yet. Build the model first, or use a "
+            "pattern."
+        )
+    return f"^({'|'.join(re.escape(w.path) for w in layer.weights)})$"
+
+
+def _matched(key, variables):
+    """The variables, by index, that a key stands for."""
+    indices = matched("multipliers", _pattern(key), variables)
+    if not isinstance(key, str):
+        inside = {id(w) for w in key().weights}
+        for i in indices:
+            if id(variables[i]) not in inside:
+                raise ValueError(
+                    f"multipliers: two variables have the path {variables[i].path}, one in "
+                    f"{_shown(key)} and one outside, so that a saved optimizer could not tell "
+                    "them apart. Give their layers different names."
+                )
+    return indices
+
+
+def _shown(key):
+    if isinstance(key, str):
+        return repr(key)
+    layer = key()
+    return "a deleted layer" if layer is None else f"layer {layer.name!r}"

@@ -41,6 +41,12 @@ def shared() -> Path:
     return folder.resolve()
 
 
+@pytest.fixture(scope="session")  # TensorFlow mixes up the collectives of two strategies
+def mirrored():
+    """The two devices of TensorFlow as replicas."""
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
 @pytest.fixture(scope="session")
 def docstring_files(tmp_path_factory) -> Path:
     """What the examples in docstrings read: a BERT of one small layer in both formats."""

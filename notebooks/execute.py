@@ -28,7 +28,7 @@ for path in sorted(HERE.glob("*.py")):
         extra_arguments=["--IPKernelApp.capture_fd_output=False"],
     )
     client.execute()
-    # Nothing that differs from run to run or from machine to machine, or matters to the .py only.
+    # Nothing that changes from run to run, or that only the .py needs.
     notebook.metadata["language_info"] = {"name": "python"}
     for number, cell in enumerate(notebook.cells):
         cell["id"], cell["metadata"] = f"cell-{number}", {}

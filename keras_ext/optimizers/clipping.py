@@ -137,12 +137,13 @@ class ClipOptimizer(OptimizerWrapper):
         number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
         if not (number and 0 < threshold < math.inf):
             raise ValueError(f"threshold must be a number > 0, got {threshold!r}.")
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {KINDS}, got {kind!r}.")
-        if scope not in SCOPES:
-            raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}.")
-        if nonfinite not in NONFINITE:
-            raise ValueError(f"nonfinite must be one of {NONFINITE}, got {nonfinite!r}.")
+        for argument, value, known in (
+            ("kind", kind, KINDS),
+            ("scope", scope, SCOPES),
+            ("nonfinite", nonfinite, NONFINITE),
+        ):
+            if value not in known:
+                raise ValueError(f"{argument} must be one of {known}, got {value!r}.")
         if kind == "adaptive" and scope != "global":
             raise ValueError(
                 f'scope must be left out for kind="adaptive", got {scope!r}: its norms are '
@@ -222,9 +223,9 @@ def _is_weight(variable):
 
 
 def hard_factor(norm, limit):
-    """min(1, limit / norm), to the bit 1 below the limit; NaN for a norm that is not finite."""
-    limit = ops.convert_to_tensor(limit, norm.dtype)
-    return ops.where(ops.isfinite(norm), limit / ops.maximum(norm, limit), math.nan)
+    """min(1, limit / norm), and NaN for a norm that is not finite."""
+    factor = ops.where(norm > limit, limit / norm, ops.ones_like(norm))
+    return ops.where(ops.isfinite(norm), factor, math.nan)
 
 
 def smooth_factor(norm, limit):
@@ -253,9 +254,10 @@ def unit_norms(tensors, variables):
 
 
 def unit_limits(variables, threshold):
-    lengths = unit_norms([v.value for v in variables], variables)
-    least = SMALLEST_WEIGHT_NORM
-    return [threshold * ops.maximum(n, ops.convert_to_tensor(least, n.dtype)) for n in lengths]
+    # Outside of fit, PyTorch would record what is computed from weights.
+    lengths = unit_norms([ops.stop_gradient(v.value) for v in variables], variables)
+    smallest = SMALLEST_WEIGHT_NORM
+    return [threshold * ops.where(n > smallest, n, ops.full_like(n, smallest)) for n in lengths]
 
 
 def _norms(tensors, axes):

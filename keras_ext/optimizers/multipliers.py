@@ -29,7 +29,6 @@ Source: kexue.fm/archives/6418; bert4keras `extend_with_parameter_wise_lr`; Howa
 
 import math
 import re
-import weakref
 from collections.abc import Mapping
 
 import keras
@@ -87,12 +86,8 @@ class MultiplierOptimizer(UpdateWrapper):
             )
         for key, multiplier in multipliers.items():
             _check(key, multiplier)
-        # A layer has no paths before it is built, and Keras would save one that an attribute
-        # holds as a part of the optimizer: hence the weak reference until `build`.
-        self._items = [
-            (weakref.ref(key) if isinstance(key, keras.layers.Layer) else key, float(m))
-            for key, m in multipliers.items()
-        ]
+        # A layer has no paths before it is built, so layers stay in here until `build`.
+        self._items = [(key, float(m)) for key, m in multipliers.items()]
 
     @property
     def multipliers(self) -> dict[str, float]:
@@ -190,20 +185,19 @@ def _pattern(key):
     """The key as a regular expression; of a layer, exactly the paths of its weights."""
     if isinstance(key, str):
         return key
-    layer = key()
-    if layer is None or not layer.weights:
+    if not key.weights:
         raise ValueError(
             f"multipliers: {_shown(key)} has no weights yet. Build the model first, or use a "
             "pattern."
         )
-    return f"^({'|'.join(re.escape(w.path) for w in layer.weights)})$"
+    return f"^({'|'.join(re.escape(w.path) for w in key.weights)})$"
 
 
 def _matched(key, variables):
     """The variables, by index, that a key stands for."""
     indices = matched("multipliers", _pattern(key), variables)
     if not isinstance(key, str):
-        inside = {id(w) for w in key().weights}
+        inside = {id(w) for w in key.weights}
         for i in indices:
             if id(variables[i]) not in inside:
                 raise ValueError(
@@ -215,7 +209,4 @@ def _matched(key, variables):
 
 
 def _shown(key):
-    if isinstance(key, str):
-        return repr(key)
-    layer = key()
-    return "a deleted layer" if layer is None else f"layer {layer.name!r}"
+    return repr(key) if isinstance(key, str) else f"layer {key.name!r}"

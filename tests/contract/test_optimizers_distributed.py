@@ -18,13 +18,6 @@ def problem():
     return Regression(embedding=True, rows=ROWS)
 
 
-@pytest.fixture(scope="module")  # TensorFlow mixes up the collectives of two strategies
-def mirrored():
-    import tensorflow as tf
-
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-
-
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MirroredStrategy is TensorFlow's")
 def test_mirrored_strategy(row, problem, mirrored):
     # Without XLA: under it Keras fails here with every optimizer.

@@ -16,13 +16,6 @@ tensorflow_only = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")  # TensorFlow mixes up the collectives of two strategies
-def mirrored():
-    import tensorflow as tf
-
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-
-
 def adam(**arguments):
     return keras.optimizers.Adam(LR, global_clipnorm=0.5, **arguments)
 

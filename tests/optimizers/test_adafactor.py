@@ -343,13 +343,6 @@ def test_inside_a_loss_scale_optimizer():
     assert distance(actual, expected) < 2e-6
 
 
-@pytest.fixture(scope="module")  # TensorFlow mixes up the collectives of two strategies
-def mirrored():
-    import tensorflow as tf
-
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-
-
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MirroredStrategy is TensorFlow's")
 def test_mirrored_strategy(mirrored):
     problem = Regression(embedding=True)

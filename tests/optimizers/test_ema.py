@@ -320,13 +320,6 @@ def test_a_failing_fit_shows_its_own_error():
 # --- two devices
 
 
-@pytest.fixture(scope="module")  # TensorFlow mixes up the collectives of two strategies
-def mirrored():
-    import tensorflow as tf
-
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-
-
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MirroredStrategy is TensorFlow's")
 def test_mirrored_strategy(mirrored):
     problem = Regression(embedding=True)

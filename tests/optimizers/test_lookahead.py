@@ -392,13 +392,6 @@ def test_mixed_float16():
 # --- two devices
 
 
-@pytest.fixture(scope="module")  # TensorFlow mixes up the collectives of two strategies
-def mirrored():
-    import tensorflow as tf
-
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-
-
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MirroredStrategy is TensorFlow's")
 @pytest.mark.parametrize("accum", [False, True], ids=["plain", "accum"])
 def test_mirrored_strategy(mirrored, accum):

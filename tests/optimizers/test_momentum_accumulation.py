@@ -432,6 +432,21 @@ def test_tiger_shrinks_and_waits_where_a_gradient_is_not_finite(bad):
     assert np.all(ops.convert_to_numpy(optimizer.momentums[2]) > m_good)
 
 
+def test_tiger_shrinks_in_mid_cycle_the_bad_variable_alone():
+    bad, good = keras.Variable([[2.0]], name="a"), keras.Variable([[2.0]], name="b")
+    optimizer = Tiger(0.1, 3, weight_decay=0.0)
+    one, nan = ops.ones((1, 1)), ops.full((1, 1), np.nan)
+    optimizer.apply([nan, one], [bad, good])
+    np.testing.assert_allclose(np.ravel(numpy([bad, good])), [0.99 * 2, 2], rtol=1e-6)
+    assert int(optimizer.micro_step) == 1
+    assert int(optimizer.iterations) == 0
+    for _ in range(2):
+        optimizer.apply([one, one], [bad, good])
+    expected = [0.9 * 0.99 * 2, 0.9 * 2]
+    np.testing.assert_allclose(np.ravel(numpy([bad, good])), expected, rtol=1e-6)
+    assert int(optimizer.iterations) == 1
+
+
 @modes
 def test_tiger_leaves_a_bad_micro_batch_out(mode):
     problem = Regression(embedding=False, rows=16)
@@ -532,13 +547,6 @@ def test_cycles_of_cycles():
     actual = fit(build(problem), problem, optimizer, 4)
     expected = problem.train(numpy_optimizers.sgd(LR, MU), thirds(problem))
     assert distance(actual, expected) < 1e-6
-
-
-@pytest.fixture(scope="module")  # TensorFlow mixes up the collectives of two strategies
-def mirrored():
-    import tensorflow as tf
-
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MirroredStrategy is TensorFlow's")

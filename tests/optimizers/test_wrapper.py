@@ -284,13 +284,6 @@ def test_what_follows_the_weights_is_refused_inside():
 # --- two devices
 
 
-@pytest.fixture(scope="module")  # TensorFlow mixes up the collectives of two strategies
-def mirrored():
-    import tensorflow as tf
-
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-
-
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MirroredStrategy is TensorFlow's")
 @pytest.mark.parametrize("nesting", ["alone", "around", "inside", "loss_scale"])
 @each_wrapper

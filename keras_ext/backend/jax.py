@@ -53,7 +53,7 @@ def copies(variables):
     return [v.value for v in variables]  # arrays do not change
 
 
-def apply_gradients(optimizer, grads, variables):
+def apply_gradients(optimizer, grads, variables, after=()):
     """Update through `stateless_apply`: `LossScaleOptimizer.apply` leaks tracers on JAX."""
     new_variables, new_state = optimizer.stateless_apply(
         [v.value for v in optimizer.variables], grads, [v.value for v in variables]

@@ -5,7 +5,10 @@ import tensorflow as tf
 
 
 def cond(predicate, true_fn, false_fn, variables):
-    """Run `true_fn()` or `false_fn()`; `variables` is what JAX needs to know."""
+    """Run `true_fn()` or `false_fn()`; `variables` is what JAX needs to know.
+
+    Returns: a tensor that exists when the branch is done, for `apply_gradients(after=)`.
+    """
 
     def branch(fn):
         def run():
@@ -14,7 +17,8 @@ def cond(predicate, true_fn, false_fn, variables):
 
         return run
 
-    tf.cond(keras.ops.convert_to_tensor(predicate), branch(true_fn), branch(false_fn))
+    predicate = keras.ops.convert_to_tensor(predicate)
+    return tf.cond(predicate, branch(true_fn), branch(false_fn))
 
 
 def add_to(variables, tensors):
@@ -47,26 +51,32 @@ def copies(variables):
     return [tf.identity(v.value) for v in variables]
 
 
-def apply_gradients(optimizer, grads, variables):
+def apply_gradients(optimizer, grads, variables, after=()):
     """One update. Outside the replicas of a strategy, enter them for it.
 
     Rows of repeated tokens are summed before: the optimizers of Keras would square and clip
     them one by one. Keras sums the gradients over the replicas after it clipped them in each.
     Here they are summed already, so the first replica brings the sum and the others zeros:
     both the clipping and the sum come out exactly as on a single device.
+
+    `after`: what was read of the variables before. It has to be said: in a graph under load,
+    some copies of a weight held the value after the update (TensorFlow 2.21).
     """
     grads = [None if g is None else densify(g) for g in grads]
+    after = [tensor for tensor in after if tensor is not None]
     strategy = getattr(variables[0].value, "distribute_strategy", None)
     if strategy is None or strategy.num_replicas_in_sync == 1:
-        optimizer.apply(grads, variables)
+        with tf.control_dependencies(after):
+            optimizer.apply(grads, variables)
         return
 
     def in_replica(*grads):
         first = tf.distribute.get_replica_context().replica_id_in_sync_group == 0
-        optimizer.apply(
-            [None if g is None else tf.where(first, g, tf.zeros_like(g)) for g in grads],
-            variables,
-        )
+        with tf.control_dependencies(after):
+            optimizer.apply(
+                [None if g is None else tf.where(first, g, tf.zeros_like(g)) for g in grads],
+                variables,
+            )
 
     with strategy.scope():
         strategy.extended.call_for_each_replica(in_replica, args=tuple(grads))

@@ -30,7 +30,7 @@ def copies(variables):
     return [v.value.detach().clone() for v in variables]
 
 
-def apply_gradients(optimizer, grads, variables):
+def apply_gradients(optimizer, grads, variables, after=()):
     optimizer.apply(grads, variables)
 
 

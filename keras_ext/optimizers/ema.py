@@ -99,7 +99,7 @@ class EMAOptimizer(OptimizerWrapper):
     def _apply(self, grads):
         variables = self.inner_variables
         iterations = self.iterations + 0  # a tensor: the variable itself is about to change
-        backend.apply_gradients(self.inner_optimizer, grads, variables)
+        backend.apply_gradients(self.inner_optimizer, grads, variables, after=[iterations])
         backend.cond(
             self.iterations != iterations,
             self._average,

@@ -94,9 +94,11 @@ class LookaheadOptimizer(UpdateWrapper):
     def _apply(self, grads):
         variables = self.inner_variables
         state = variables + self.own_variables
-        backend.cond(self.cycle_step == 0, self._start, _nothing, variables=state)
+        started = backend.cond(self.cycle_step == 0, self._start, _nothing, variables=state)
         updates = self.iterations + 0  # a tensor: the variable itself is about to change
-        backend.apply_gradients(self.inner_optimizer, grads, variables)
+        backend.apply_gradients(
+            self.inner_optimizer, grads, variables, after=[started, updates]
+        )
         self.cycle_step.assign_add(ops.cast(self.iterations != updates, self.cycle_step.dtype))
         is_due = self.cycle_step >= self.sync_period
         backend.cond(is_due, self._sync, _nothing, variables=state)

@@ -220,7 +220,8 @@ class LowRankOptimizer(OptimizerWrapper):
                 small += part.gradients(basis, grad)
                 moved.append((part, basis, self._decay(part)))
         updates = self.iterations + 0  # the number, not the variable
-        backend.apply_gradients(self.inner_optimizer, small, self.inner_variables)
+        read = [updates, *keras.tree.flatten([(basis, decay) for _, basis, decay in moved])]
+        backend.apply_gradients(self.inner_optimizer, small, self.inner_variables, after=read)
         # A LossScaleOptimizer inside skips the update after an overflow: then no decay either.
         self._follow(moved, self.iterations > updates)
 

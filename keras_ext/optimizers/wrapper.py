@@ -221,7 +221,8 @@ class UpdateWrapper(OptimizerWrapper):
         old = backend.copies([variables[i] for i in chosen])
         before = self.before_step()
         updates = self.iterations + 0  # the number, not the variable
-        backend.apply_gradients(self.inner_optimizer, grads, variables)
+        read = [*old, updates, *keras.tree.flatten(before)]
+        backend.apply_gradients(self.inner_optimizer, grads, variables, after=read)
         updated = self.iterations > updates
         for i, w in zip(chosen, old, strict=True):
             variable = variables[i]

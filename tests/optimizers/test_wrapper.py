@@ -285,14 +285,13 @@ def test_what_follows_the_weights_is_refused_inside():
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MirroredStrategy is TensorFlow's")
-@pytest.mark.parametrize("nesting", ["alone", "around", "inside", "loss_scale"])
+@pytest.mark.parametrize("nesting", ["around", "inside", "loss_scale"])
 @each_wrapper
 def test_mirrored_strategy(mirrored, name, nesting):
     wrap, _ = WRAPPERS[name]
     if name == "lazy" and nesting == "inside":
         pytest.skip("refused: see test_lazy.py")
     make = {
-        "alone": lambda: (wrap(adamw()), 16),
         "around": lambda: (AccumOptimizer(wrap(adamw()), 2), 8),
         "inside": lambda: (wrap(AccumOptimizer(adamw(), 2)), 8),
         "loss_scale": lambda: (keras.optimizers.LossScaleOptimizer(wrap(adamw())), 16),

@@ -11,7 +11,7 @@ stands here once per backend, under one name:
 | `map_values(fn, gradient)` | apply an elementwise function to them |
 | `densify(gradient)` | the gradient as one tensor, rows of repeated tokens summed |
 | `copies(variables)` | tensors that keep their values when the variables change |
-| `apply_gradients(optimizer, grads, variables, after)` | one update, also inside `cond`, after the tensors `after` |
+| `apply_gradients(optimizer, grads, variables, after)` | one update, also within `cond` |
 | `merge_replicas(fn, grads, *scalars)` | call `fn` once with the sums over all replicas |
 | `num_replicas()` | replicas whose gradients the optimizer has to sum itself |
 | `has_value(variable)` | False where a failed JAX training step left a variable empty |

@@ -91,8 +91,9 @@ def trained(problem, kind, scope="global", size=16, update=None):
 # --- equality with NumPy in fit
 
 
-@pytest.mark.parametrize("mode", ["eager", "compiled"])
-@pytest.mark.parametrize("embedding", [False, True], ids=["dense", "embedding"])
+@pytest.mark.parametrize(
+    ("embedding", "mode"), [(False, "eager"), (True, "compiled")], ids=["dense", "embedding"]
+)
 @pytest.mark.parametrize(("kind", "scope"), CASES)
 def test_fit_equals_the_reference(kind, scope, embedding, mode):
     problem = Regression(embedding)
@@ -694,11 +695,10 @@ def test_config_round_trip(kind):
 
 
 @tensorflow_only
-@pytest.mark.parametrize("embedding", [False, True], ids=["dense", "embedding"])
 @pytest.mark.parametrize("kind", ["hard", "smooth", "adaptive"])
-def test_mirrored_strategy(mirrored, kind, embedding):
+def test_mirrored_strategy(mirrored, kind):
     # Two replicas, each half of a batch: what is clipped is the sum.
-    problem = Regression(embedding)
+    problem = Regression(embedding=True)
     problem.y[8] = np.nan  # only one of the replicas sees it; both skip
     with mirrored.scope():
         model = build(problem)

@@ -34,6 +34,18 @@ def cpu_ms(function, repeats: int = 7, warmup: int = 2) -> float:
     return 1e3 * statistics.median(times)
 
 
+def cpu_ms_in_turns(functions: dict, rounds: int = 9, warmup: int = 2) -> dict:
+    """`cpu_ms` of each of the named functions, which take turns: name -> milliseconds."""
+    times = {name: [] for name in functions}
+    for i in range(warmup + rounds):
+        for name, function in functions.items():
+            start = time.process_time()
+            function()
+            if i >= warmup:
+                times[name].append(time.process_time() - start)
+    return {name: 1e3 * statistics.median(times[name]) for name in functions}
+
+
 def report(**figures):
     """A case's last words: one JSON line that `take_turns` reads."""
     print(json.dumps(figures))

@@ -1,7 +1,7 @@
 """What optimizers cost, what they keep, and how exact they are: ours, Keras's, optax, torch.
 
     python benchmarks/optimizers.py
-    python benchmarks/optimizers.py --galore PYTHON --accumulator PYTHON --turns 3
+    python benchmarks/optimizers.py --galore PYTHON --accumulator PYTHON
 
 The options name interpreters with galore-torch and torch, and with gradient-accumulator (it
 needs TensorFlow 2.15); default for galore-torch: the one that runs this. A peer that does not
@@ -9,15 +9,16 @@ import is not measured.
 
 Optimizer only (the gradients are given), 8.8 million weights: 4 layers, hidden 256,
 feed-forward 1024, 21,128 tokens. On TensorFlow the gradient of the token table is sparse, as
-in training (2,048 tokens a batch, repeated as they come). Accumulation has k = 4. Prints
+in training (2,048 tokens a batch, repeated as they come). Accumulation has k = 4. A process
+per backend, in which the optimizers take turns. Prints
 
-    ms      CPU milliseconds on one core of a micro-step, mean over a cycle of 4
+    ms      CPU milliseconds on one core of a micro-step: median of 9 cycles of 4
     ratio   ms over that of the row named last
     state   megabytes of optimizer state (the weights have 35)
     error   largest difference of a weight from float64 NumPy, after 3 updates of a small
             regression with repeated tokens: where it accumulates, from the large batch
 
-then the same optimizers in the whole fine-tuning step of that BERT (see bert_step.py).
+What wrappers cost in a whole training step: optimizers_in_a_step.py.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from pathlib import Path
 root = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(root), str(root / "tests")]
 
-from measure import cpu_ms, pin_to_one_core, report, take_turns
+from measure import cpu_ms_in_turns, pin_to_one_core, report, take_turns
 
 STEPS, LR, DECAY, CLIP, RANK = 4, 1e-2, 0.01, 0.5, 8
 TOKENS, HIDDEN, FEED_FORWARD, LAYERS, BATCH_TOKENS = 21128, 256, 1024, 4, 2048
@@ -37,7 +38,7 @@ BLOCK = [(HIDDEN, HIDDEN), (HIDDEN,)] * 4 + [(HIDDEN,)] * 4
 BLOCK += [(HIDDEN, FEED_FORWARD), (FEED_FORWARD,), (FEED_FORWARD, HIDDEN), (HIDDEN,)]
 SHAPES = [(TOKENS, HIDDEN), (512, HIDDEN), (2, HIDDEN), (HIDDEN,), (HIDDEN,)] + BLOCK * LAYERS
 
-MODES = ("TF graph", "TF XLA", "JAX")
+IN_KERAS_BACKEND = {"TF graph": "tensorflow", "TF XLA": "tensorflow", "JAX": "jax"}
 
 # Name -> (of Keras's optimizers and ours, the row it is compared with).
 KERAS = {
@@ -85,13 +86,9 @@ OPTAX = {
     "optax MultiSteps": "AccumOptimizer",
     "optax clip": "ClipOptimizer",
 }
-IN_A_STEP = (
-    "AdamW",
-    "AccumOptimizer",
-    "ClipOptimizer",
-    "MultiplierOptimizer",
-    "LookaheadOptimizer",
-)
+# The peers that need an environment of their own: name -> the row it is compared with.
+TORCH = {"galore-torch": None}
+TF_2_15 = {"AdamW of Keras 2": None, "gradient-accumulator": "AdamW of Keras 2"}
 
 
 def adamw(optimizers, **arguments):
@@ -120,6 +117,8 @@ def tensorflow_cycle(name, xla):
     @tf.function(jit_compile=xla)
     def micro_step():
         table = tf.IndexedSlices(rows, ids, SHAPES[0])
+        if name == "Adafactor":  # Keras's raises on a sparse gradient
+            table = tf.convert_to_tensor(table)
         optimizer.apply([table, *dense], variables)
 
     def cycle():
@@ -299,7 +298,7 @@ def galore_cycle():
 
 
 def accumulator_cycle(name):
-    """gradient-accumulator and the plain optimizer on its TensorFlow and Keras 2."""
+    """gradient-accumulator, or the plain optimizer, on its TensorFlow and Keras 2."""
     import tensorflow as tf
 
     optimizer = tf.keras.optimizers.AdamW(LR, weight_decay=DECAY)
@@ -324,38 +323,31 @@ def accumulator_cycle(name):
     return cycle, sum(v.numpy().nbytes for v in (own() if callable(own) else own))
 
 
-def in_a_step_ms(name, jit):
-    """Milliseconds of the whole fine-tuning step of a small BERT."""
-    import bert_step
-    import keras
-
-    encoder, pooled = bert_step.our_encoder("gelu")
-    model = keras.Model(encoder.inputs, keras.layers.Dense(bert_step.CLASSES)(pooled))
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(make(name), loss, jit_compile=jit)
-    token_ids, labels = map(keras.ops.convert_to_tensor, bert_step.batch())
-    x = [token_ids, keras.ops.zeros_like(token_ids)]
-    return cpu_ms(lambda: model.train_on_batch(x, labels), repeats=12, warmup=4)
-
-
-def run_case(what, mode, name):
-    pin_to_one_core()
-    if what == "step":
-        report(ms=in_a_step_ms(name, jit=mode != "TF graph"))
-        return
+def cycles(mode):
+    """Name -> function that makes a cycle of micro-steps, and the bytes of its state."""
     if mode == "torch":
-        cycle, size = galore_cycle()
-    elif mode == "TF 2.15":
-        cycle, size = accumulator_cycle(name)
-    elif name in OPTAX:
-        cycle, size = optax_cycle(name)
-    elif mode == "JAX":
-        cycle, size = keras_on_jax_cycle(name)
-    else:
-        cycle, size = tensorflow_cycle(name, xla=mode == "TF XLA")
-    figures = {"ms": cpu_ms(cycle, repeats=9) / STEPS, "state": size / 1e6}
-    wrong = error(name) if name in KERAS or name in OPTAX else None
-    report(**figures, **({} if wrong is None else {"error": wrong}))
+        return {name: galore_cycle() for name in TORCH}
+    if mode == "TF 2.15":
+        return {name: accumulator_cycle(name) for name in TF_2_15}
+    if mode == "JAX":
+        optax = OPTAX if importlib.util.find_spec("optax") else ()
+        ours = {name: keras_on_jax_cycle(name) for name in KERAS}
+        return ours | {name: optax_cycle(name) for name in optax}
+    xla = mode == "TF XLA"
+    slow = {"LowRankOptimizer galore"} if xla else ()  # XLA's SVD on a CPU takes minutes
+    return {name: tensorflow_cycle(name, xla) for name in KERAS if name not in slow}
+
+
+def run_mode(mode):
+    pin_to_one_core()
+    found = cycles(mode)
+    times = cpu_ms_in_turns({name: cycle for name, (cycle, _) in found.items()}, rounds=9)
+    figures = {}
+    for name, (_, size) in found.items():
+        figures |= {f"{name}: ms": times[name] / STEPS, f"{name}: state": size / 1e6}
+        if (wrong := error(name)) is not None:
+            figures[f"{name}: error"] = wrong
+    report(**figures)
 
 
 def imports(python, *modules):
@@ -369,58 +361,35 @@ def main():
     )
     parser.add_argument("--galore", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--accumulator", metavar="PYTHON")
-    parser.add_argument("--turns", type=int, default=3, help="how often each case runs")
-    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
+    parser.add_argument("--turns", type=int, default=1, help="processes per backend")
+    parser.add_argument(
+        "--modes", nargs="+", default=IN_KERAS_BACKEND, choices=IN_KERAS_BACKEND
+    )
     arguments = parser.parse_args()
 
-    backend = {"TF graph": "tensorflow", "TF XLA": "tensorflow", "JAX": "jax"}
-    rows = [(mode, name, peer) for mode in arguments.modes for name, (_, peer) in KERAS.items()]
-    if "JAX" in arguments.modes and importlib.util.find_spec("optax"):
-        rows += [("JAX", name, peer) for name, peer in OPTAX.items()]
-    cases = {
-        f"{mode} {name}": (None, backend[mode], ["cost", mode, name]) for mode, name, _ in rows
-    }
+    cases = {mode: (None, IN_KERAS_BACKEND[mode], ["mode", mode]) for mode in arguments.modes}
     if imports(arguments.galore, "torch", "galore_torch"):
-        rows.append(("torch", "galore-torch", None))
-        cases["torch galore-torch"] = (arguments.galore, "torch", ["cost", "torch", ""])
+        cases["torch"] = (arguments.galore, "torch", ["mode", "torch"])
     if imports(arguments.accumulator, "gradient_accumulator"):
-        for name, peer in (("AdamW", None), ("gradient-accumulator", "AdamW")):
-            rows.append(("TF 2.15", name, peer))
-            case = (arguments.accumulator, "tensorflow", ["cost", "TF 2.15", name])
-            cases[f"TF 2.15 {name}"] = case
-    steps = {
-        f"{mode} {name}": (None, backend[mode], ["step", mode, name])
-        for mode in arguments.modes
-        for name in IN_A_STEP
-    }
-    print_costs(rows, take_turns(__file__, cases, arguments.turns))
-    print_steps(arguments.modes, take_turns(__file__, steps, arguments.turns))
-
-
-def print_costs(rows, figures):
+        cases["TF 2.15"] = (arguments.accumulator, "tensorflow", ["mode", "TF 2.15"])
     print(f"{'':9}{'optimizer':26}{'ms':>8}{'state MB':>10}{'error':>10}  ratio")
-    for mode, name, peer in rows:
-        case, other = figures[f"{mode} {name}"], figures.get(f"{mode} {peer}")
-        if not case:
-            print(f"{mode:9}{name:26}  failed")
+    for mode, figures in take_turns(__file__, cases, arguments.turns).items():
+        print_mode(mode, figures)
+
+
+def print_mode(mode, figures):
+    peers = {name: peer for name, (_, peer) in KERAS.items()} | OPTAX | TORCH | TF_2_15
+    for name, peer in peers.items():
+        if f"{name}: ms" not in figures:
             continue
-        wrong = f"{case['error']:.0e}" if "error" in case else "-"
-        ratio = f"{case['ms'] / other['ms']:.2f} of {peer}" if other else ""
-        cells = f"{case['ms']:8.1f}{case['state']:10.1f}{wrong:>10}  {ratio}"
-        print(f"{mode:9}{name:26}{cells}")
-
-
-def print_steps(modes, figures):
-    print("fine-tuning step of a small BERT")
-    for mode in modes:
-        plain = figures[f"{mode} {IN_A_STEP[0]}"]["ms"]
-        for name in IN_A_STEP:
-            ms = figures[f"{mode} {name}"]["ms"]
-            print(f"{mode:9}{name:26}{ms:8.1f}{'':20}  {ms / plain:.2f} of {IN_A_STEP[0]}")
+        ms, state, wrong = (figures.get(f"{name}: {key}") for key in ("ms", "state", "error"))
+        ratio = f"{ms / figures[f'{peer}: ms']:.2f} of {peer}" if peer else ""
+        wrong = "-" if wrong is None else f"{wrong:.0e}"
+        print(f"{mode:9}{name:26}{ms:8.1f}{state:10.1f}{wrong:>10}  {ratio}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in ("cost", "step"):
-        run_case(*sys.argv[1:])
+    if sys.argv[1:2] == ["mode"]:
+        run_mode(sys.argv[2])
     else:
         main()

@@ -5,16 +5,24 @@ stands here once per backend, under one name:
 
 | function | purpose |
 |---|---|
-| `cond(predicate, true_fn, false_fn, variables)` | a conditional whose branches assign |
-| `add_to(variables, tensors)` | `variable += tensor` for many, sparse gradients included |
+| `run_if(predicate, fn, variables)` | a conditional that assigns |
+| `cond(predicate, true_fn, false_fn, variables)` | the output of one of two functions |
+| `add_to(variables, tensors, scale)` | `variable += scale * tensor`, also sparse |
 | `values(gradient)` | the tensor of values that a dense or sparse gradient stores |
 | `map_values(fn, gradient)` | apply an elementwise function to them |
 | `densify(gradient)` | the gradient as one tensor, rows of repeated tokens summed |
 | `copies(variables)` | tensors that keep their values when the variables change |
-| `apply_gradients(optimizer, grads, variables, after)` | one update, also within `cond` |
+| `apply_gradients(optimizer, grads, variables, ...)` | one update, also within `run_if` |
 | `merge_replicas(fn, grads, *scalars)` | call `fn` once with the sums over all replicas |
 | `num_replicas()` | replicas whose gradients the optimizer has to sum itself |
+| `value_and_grad(fn, has_aux)` | of the first argument; itself differentiable |
 | `has_value(variable)` | False where a failed JAX training step left a variable empty |
+
+`value_and_grad(fn, has_aux=False)(x, *args)` returns `(value, gradient)`: `fn(x, *args)` gives
+a scalar, and the gradient has the structure of x. With `has_aux`, `fn` returns a tuple that
+starts with the scalar, and `value` is this tuple. It works eagerly and compiled, also within a
+loss that is differentiated in turn (as often as one likes, and without a second evaluation of
+`fn`), and random seeds and moving averages that `fn` updates are updated once.
 
 Only the backend that Keras itself runs on is imported.
 """
@@ -33,8 +41,8 @@ else:
         f"{keras.backend.backend()!r}. Set KERAS_BACKEND to one of them before importing keras."
     )
 
-cond = _backend.cond
 add_to = _backend.add_to
+cond = _backend.cond
 values = _backend.values
 map_values = _backend.map_values
 densify = _backend.densify
@@ -42,7 +50,9 @@ copies = _backend.copies
 apply_gradients = _backend.apply_gradients
 merge_replicas = _backend.merge_replicas
 num_replicas = _backend.num_replicas
+run_if = _backend.run_if
 has_value = _backend.has_value
+value_and_grad = _backend.value_and_grad
 
 __all__ = [
     "add_to",
@@ -54,5 +64,7 @@ __all__ = [
     "map_values",
     "merge_replicas",
     "num_replicas",
+    "run_if",
+    "value_and_grad",
     "values",
 ]

@@ -1,40 +1,39 @@
-"""JAX: branches of a traced conditional must be pure, so assignments are recorded."""
+"""JAX: the branch of a traced conditional must be pure, so assignments are recorded."""
 
 import jax
 import keras
 from jax import numpy as jnp
 
 
-def cond(predicate, true_fn, false_fn, variables):
-    """Run `true_fn()` or `false_fn()`, whose assignments go to `variables` only.
+def run_if(predicate, fn, variables):
+    """Run `fn()`, whose assignments go to `variables` only, if `predicate`.
 
-    Under tracing each branch runs in a scope that records what it assigns; the
-    recorded values leave `jax.lax.cond` as outputs and are assigned outside. Every
-    variable that a branch reads or writes has to be listed: an unlisted one would be
-    read from its stale eager value.
+    Under tracing it runs in a scope that records what it assigns; the recorded values
+    leave `jax.lax.cond` as outputs and are assigned outside. Every variable that `fn`
+    reads or writes has to be listed: an unlisted one would be read from its stale eager
+    value.
     """
     if not isinstance(predicate, jax.core.Tracer):
-        (true_fn if predicate else false_fn)()
+        if predicate:
+            fn()
         return
 
-    def recorded(fn):
-        def run(values):
-            scope = keras.StatelessScope(list(zip(variables, values, strict=True)))
-            with scope:
-                fn()
-            return [scope.get_current_value(v) for v in variables]
-
-        return run
+    def recorded(values):
+        scope = keras.StatelessScope(list(zip(variables, values, strict=True)))
+        with scope:
+            fn()
+        return [scope.get_current_value(v) for v in variables]
 
     before = [v.value for v in variables]
-    after = jax.lax.cond(predicate, recorded(true_fn), recorded(false_fn), before)
+    after = jax.lax.cond(predicate, recorded, lambda values: values, before)
     for variable, value in zip(variables, after, strict=True):
         variable.assign(value)
 
 
-def add_to(variables, tensors):
+def add_to(variables, tensors, scale=1):
     for variable, tensor in zip(variables, tensors, strict=True):
-        variable.assign(variable.value + jnp.asarray(tensor, variable.dtype))
+        tensor, factor = (jnp.asarray(x, variable.dtype) for x in (tensor, scale))
+        variable.assign(variable.value + factor * tensor)
 
 
 def values(gradient):
@@ -53,7 +52,7 @@ def copies(variables):
     return [v.value for v in variables]  # arrays do not change
 
 
-def apply_gradients(optimizer, grads, variables, after=()):
+def apply_gradients(optimizer, grads, variables, after=(), everywhere=()):
     """Update through `stateless_apply`: `LossScaleOptimizer.apply` leaks tracers on JAX."""
     new_variables, new_state = optimizer.stateless_apply(
         [v.value for v in optimizer.variables], grads, [v.value for v in variables]
@@ -81,3 +80,77 @@ def has_value(variable):
     """
     value = variable._value  # private: `value` would initialise an empty variable anew
     return value is not None and not value.is_deleted()
+
+
+def value_and_grad(fn, has_aux=False):
+    """See `keras_ext.backend`.
+
+    What `fn` assigns (random seeds, moving averages) holds tracers, so it is recorded, leaves
+    the transformation as an output, and is assigned outside.
+    """
+
+    def run(x, *args):
+        assigned = []
+
+        def pure(x):
+            scope = _RecordingScope()
+            with scope:
+                out = fn(x, *args)
+            assigned.extend(scope.assigned.values())
+            values = [scope.state_mapping[id(v)] for v in assigned]
+            return (out[0] if has_aux else out), (out, values)
+
+        (_, (out, values)), grads = jax.value_and_grad(pure, has_aux=True)(
+            keras.tree.map_structure(keras.ops.convert_to_tensor, x)
+        )
+        for variable, value in zip(assigned, values, strict=True):
+            variable.assign(value)
+        return out, grads
+
+    return run
+
+
+class _RecordingScope(keras.StatelessScope):
+    """Reads through to the scope outside of it, and remembers what was assigned."""
+
+    def __init__(self):
+        super().__init__(initialize_variables=False)
+        self.assigned = {}
+
+    def get_current_value(self, variable):
+        value = super().get_current_value(variable)
+        if value is None and self.original_scope is not None:
+            value = self.original_scope.get_current_value(variable)
+        return value
+
+    def add_update(self, update):
+        super().add_update(update)
+        self.assigned[id(update[0])] = update[0]
+
+
+def cond(predicate, true_fn, false_fn, variables):
+    """`true_fn()` or `false_fn()`, only one of which is computed.
+
+    Random seeds and moving averages among `variables` may be assigned: under tracing they are
+    recorded, leave `jax.lax.cond` as outputs, and are assigned outside.
+    """
+    if not isinstance(predicate, jax.core.Tracer):
+        return true_fn() if predicate else false_fn()
+    assigned = {}
+
+    def recorded(fn):
+        def run():
+            scope = _RecordingScope()
+            with scope:
+                out = fn()
+                values = [v.value for v in variables]
+            assigned.update(scope.assigned)
+            return out, values
+
+        return run
+
+    out, values = jax.lax.cond(predicate, recorded(true_fn), recorded(false_fn))
+    for variable, value in zip(variables, values, strict=True):
+        if id(variable) in assigned:
+            variable.assign(value)
+    return out

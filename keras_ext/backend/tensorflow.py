@@ -4,31 +4,40 @@ import keras
 import tensorflow as tf
 
 
-def cond(predicate, true_fn, false_fn, variables):
-    """Run `true_fn()` or `false_fn()`; `variables` is what JAX needs to know.
+def run_if(predicate, fn, variables):
+    """Run `fn()` if `predicate`; `variables` is what JAX needs to know.
 
-    Returns: a tensor that exists when the branch is done, for `apply_gradients(after=)`.
+    Returns: a tensor that exists when it is done, for `apply_gradients(after=)`.
     """
+    predicate = tf.convert_to_tensor(predicate)
 
-    def branch(fn):
-        def run():
-            fn()
-            return tf.constant(0)  # both branches of a tf.cond return the same structure
+    def run():
+        fn()
+        return tf.constant(False)
 
-        return run
+    if tf.distribute.has_strategy():  # a loop cannot enter the replicas
+        return tf.cond(predicate, run, lambda: tf.constant(False))
+    # A loop of at most one turn: XLA updates its variables in place where it would copy
+    # those of a tf.cond in and out.
+    return tf.while_loop(lambda due: due, lambda _: (run(),), (predicate,))[0]
 
-    predicate = keras.ops.convert_to_tensor(predicate)
-    return tf.cond(predicate, branch(true_fn), branch(false_fn))
 
-
-def add_to(variables, tensors):
-    """`variable += tensor`; of an `IndexedSlices` only the rows that occur are touched."""
+def add_to(variables, tensors, scale=None):
+    """`variable += scale * tensor`; of an `IndexedSlices` only the rows that occur."""
     for variable, tensor in zip(variables, tensors, strict=True):
-        tensor = tf.cast(tensor, variable.dtype)
+        tensor, target = tf.cast(tensor, variable.dtype), variable.value
+        factor = 1 if scale is None else tf.cast(scale, variable.dtype)
         if isinstance(tensor, tf.IndexedSlices):
-            variable.value.scatter_add(tensor)  # sums rows that occur more than once
-        else:
-            variable.value.assign_add(tensor)
+            # Sums rows that occur more than once.
+            target.scatter_add(map_values(lambda v, factor=factor: factor * v, tensor))
+        elif scale is None:
+            target.assign_add(tensor)
+        elif isinstance(target, tf.distribute.DistributedValues):
+            target.assign_add(factor * tensor)
+        else:  # product and sum in one pass
+            tf.raw_ops.ResourceApplyGradientDescent(
+                var=target.handle, alpha=-factor, delta=tensor
+            )
 
 
 def values(gradient):
@@ -51,7 +60,7 @@ def copies(variables):
     return [tf.identity(v.value) for v in variables]
 
 
-def apply_gradients(optimizer, grads, variables, after=()):
+def apply_gradients(optimizer, grads, variables, after=(), everywhere=()):
     """One update. Outside the replicas of a strategy, enter them for it.
 
     Rows of repeated tokens are summed before: the optimizers of Keras would square and clip
@@ -61,6 +70,7 @@ def apply_gradients(optimizer, grads, variables, after=()):
 
     `after`: what was read of the variables before. It has to be said: in a graph under load,
     some copies of a weight held the value after the update (TensorFlow 2.21).
+    `everywhere`: names of variables whose gradients all replicas bring.
     """
     grads = [None if g is None else densify(g) for g in grads]
     after = [tensor for tensor in after if tensor is not None]
@@ -73,10 +83,12 @@ def apply_gradients(optimizer, grads, variables, after=()):
     def in_replica(*grads):
         first = tf.distribute.get_replica_context().replica_id_in_sync_group == 0
         with tf.control_dependencies(after):
-            optimizer.apply(
-                [None if g is None else tf.where(first, g, tf.zeros_like(g)) for g in grads],
-                variables,
-            )
+            whole = [tf.logical_or(first, v.name in everywhere) for v in variables]
+            shares = [
+                None if g is None else tf.where(w, g, tf.zeros_like(g))
+                for w, g in zip(whole, grads, strict=True)
+            ]
+            optimizer.apply(shares, variables)
 
     with strategy.scope():
         strategy.extended.call_for_each_replica(in_replica, args=tuple(grads))
@@ -111,3 +123,26 @@ def num_replicas():
 
 def has_value(variable):
     return True
+
+
+def value_and_grad(fn, has_aux=False):
+    """See `keras_ext.backend`."""
+
+    def run(x, *args):
+        # New tensors: the gradient is that of this use of x, also if `args` hold it.
+        x = keras.tree.map_structure(lambda t: tf.identity(tf.convert_to_tensor(t)), x)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(x)
+            out = fn(x, *args)
+            value = out[0] if has_aux else out
+        flat = tape.gradient(
+            value, keras.tree.flatten(x), unconnected_gradients=tf.UnconnectedGradients.ZERO
+        )
+        return out, keras.tree.pack_sequence_as(x, [densify(g) for g in flat])
+
+    return run
+
+
+def cond(predicate, true_fn, false_fn, variables):
+    """`true_fn()` or `false_fn()`, whose assignments to `variables` need no help here."""
+    return tf.cond(predicate, true_fn, false_fn)

@@ -1,17 +1,20 @@
 """PyTorch: everything is eager, a conditional is an `if`."""
 
+import keras
 import torch
 
 
-def cond(predicate, true_fn, false_fn, variables):
-    """Run `true_fn()` or `false_fn()`; `variables` is what JAX needs to know."""
-    (true_fn if predicate else false_fn)()
+def run_if(predicate, fn, variables):
+    """Run `fn()` if `predicate`; `variables` is what JAX needs to know."""
+    if predicate:
+        fn()
 
 
 @torch.no_grad()
-def add_to(variables, tensors):
+def add_to(variables, tensors, scale=1):
     values = [v.value for v in variables]
-    torch._foreach_add_(values, [t.to(v.dtype) for t, v in zip(tensors, values, strict=True)])
+    tensors = [t.to(v.dtype) for t, v in zip(tensors, values, strict=True)]
+    torch._foreach_add_(values, tensors, alpha=float(scale))
 
 
 def values(gradient):
@@ -30,7 +33,7 @@ def copies(variables):
     return [v.value.detach().clone() for v in variables]
 
 
-def apply_gradients(optimizer, grads, variables, after=()):
+def apply_gradients(optimizer, grads, variables, after=(), everywhere=()):
     optimizer.apply(grads, variables)
 
 
@@ -44,3 +47,40 @@ def num_replicas():
 
 def has_value(variable):
     return True
+
+
+def value_and_grad(fn, has_aux=False):
+    """See `keras_ext.backend`."""
+
+    def alias(tensor):  # the gradient is that of this use of x, also if `args` hold it
+        if tensor.requires_grad:
+            return tensor.view_as(tensor)
+        return tensor.detach().requires_grad_()
+
+    def run(x, *args):
+        x = keras.tree.map_structure(keras.ops.convert_to_tensor, x)
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = keras.tree.map_structure(alias, x)
+            out = fn(x, *args)
+            value, flat = out[0] if has_aux else out, keras.tree.flatten(x)
+            if value.requires_grad:
+                flat = torch.autograd.grad(
+                    value, flat, create_graph=differentiable, materialize_grads=True
+                )
+            else:  # it does not depend on x, nor on weights
+                flat = [torch.zeros_like(t) for t in flat]
+        if not differentiable:
+            out = keras.tree.map_structure(_detached, out)
+        return out, keras.tree.pack_sequence_as(x, flat)
+
+    return run
+
+
+def _detached(leaf):
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def cond(predicate, true_fn, false_fn, variables):
+    """`true_fn()` or `false_fn()`, whose assignments to `variables` need no help here."""
+    return true_fn() if predicate else false_fn()

@@ -14,9 +14,9 @@ from keras_ext.optimizers.momentum_accumulation import (
     MomentumAccumAdamW,
     MomentumAccumLamb,
     MomentumAccumSGD,
-    Tiger,
 )
 from keras_ext.optimizers.multipliers import MultiplierOptimizer, layerwise_decay
+from keras_ext.optimizers.tiger import Tiger
 from keras_ext.optimizers.wrapper import OptimizerWrapper, UpdateWrapper
 
 __all__ = [

@@ -24,11 +24,7 @@ import keras
 from keras import ops
 
 from keras_ext import backend
-from keras_ext.optimizers.wrapper import OptimizerWrapper
-
-# A trainable scalar of this name carries the weight of the batch as its gradient: on JAX an
-# optimizer sees nothing else of a batch. See keras_ext.training.BatchWeightModel.
-BATCH_WEIGHT = "accum_batch_weight"
+from keras_ext.optimizers.wrapper import BATCH_WEIGHT, OptimizerWrapper
 
 REMAINDERS = ("apply", "carry", "drop")
 NONFINITE = ("propagate", "skip")
@@ -127,12 +123,7 @@ class AccumOptimizer(OptimizerWrapper):
                 f"{variable.path} takes its gradient as its value (float8 training): a mean of "
                 "gradients has no meaning there. Train it without AccumOptimizer."
             )
-        return self.add_variable(
-            variable.shape,
-            dtype="float64" if variable.dtype == "float64" else "float32",
-            layout=getattr(variable, "_layout", None),  # sharded like the weight it is for
-            name=f"{variable.path.replace('/', '_')}_accumulator",
-        )
+        return self.add_sum_variable(variable, "accumulator")
 
     @property
     def inner_variables(self):
@@ -188,24 +179,23 @@ class AccumOptimizer(OptimizerWrapper):
         present = [i for i in range(len(grads)) if i not in absent]
         seen_before = self._never_had_gradient
         self._never_had_gradient = absent if seen_before is None else seen_before & absent
+        # The sums are emptied before they are needed again, and the update only reads them:
+        # so XLA neither copies them into a conditional nor writes them twice.
+        backend.run_if(
+            ops.equal(self.micro_step, 0), self._clear_sums, variables=self.accumulators
+        )
+        backend.add_to([self.accumulators[i] for i in present], [grads[i] for i in present])
         self.weight_sum.assign_add(weight)
         self.micro_step.assign_add(count)
-
-        # The addition stands in both branches: so XLA neither copies the accumulators into
-        # the conditional nor writes them twice in an update.
-        def accumulate():
-            backend.add_to([self.accumulators[i] for i in present], [grads[i] for i in present])
-
-        def accumulate_and_update():
-            accumulate()
-            self._update()
-
-        backend.cond(
+        backend.run_if(
             self.micro_step >= self.accum_steps,
-            accumulate_and_update,
-            accumulate,
+            self._update,
             variables=self.inner_variables + self.variables,
         )
+
+    def _clear_sums(self):
+        for accumulator in self.accumulators:
+            _set_to_zero(accumulator)
 
     def _update(self):
         """One step of the inner optimizer with the mean, then an empty cycle."""
@@ -216,12 +206,12 @@ class AccumOptimizer(OptimizerWrapper):
             None if i in absent else acc / ops.cast(total, acc.dtype)
             for i, acc in enumerate(self.accumulators)
         ]
-        backend.apply_gradients(self.inner_optimizer, mean, self.inner_variables)
-        self._reset()
+        self.apply_inner(mean)
+        self._start_cycle()
 
-    def _reset(self):
-        for variable in [*self.accumulators, self.weight_sum, self.micro_step]:
-            variable.assign(ops.zeros(variable.shape, variable.dtype))  # not 0 * NaN
+    def _start_cycle(self):
+        _set_to_zero(self.weight_sum)
+        _set_to_zero(self.micro_step)
 
     def finalize_variable_values(self, var_list):
         """End of `fit`: settle an unfinished cycle as `remainder` says."""
@@ -231,7 +221,7 @@ class AccumOptimizer(OptimizerWrapper):
         if pending and self.remainder == "apply":
             self._update()
         elif pending and self.remainder == "drop":
-            self._reset()
+            self._start_cycle()
         super().finalize_variable_values(var_list)
         if pending:
             done = {"apply": "applied as one update", "carry": "kept", "drop": "dropped"}
@@ -247,6 +237,10 @@ class AccumOptimizer(OptimizerWrapper):
             "remainder": self.remainder,
             "nonfinite": self.nonfinite,
         }
+
+
+def _set_to_zero(variable):
+    variable.assign(ops.zeros(variable.shape, variable.dtype))  # not 0 * NaN
 
 
 def _scaled(grad, weight):

@@ -28,8 +28,7 @@ import keras
 from keras import ops
 
 from keras_ext import backend
-from keras_ext.optimizers.accumulation import BATCH_WEIGHT
-from keras_ext.optimizers.wrapper import OptimizerWrapper
+from keras_ext.optimizers.wrapper import BATCH_WEIGHT, OptimizerWrapper
 
 KINDS = ("hard", "smooth", "adaptive")
 SCOPES = ("global", "variable")
@@ -184,7 +183,7 @@ class ClipOptimizer(OptimizerWrapper):
         def update():
             clipped = dict(zip(chosen, self._clip(dense, found, weights), strict=True))
             new = [clipped.get(i, g) for i, g in enumerate(grads)]
-            backend.apply_gradients(self.inner_optimizer, new, variables)
+            self.apply_inner(new)
 
         if self.nonfinite == "propagate":
             update()
@@ -192,7 +191,7 @@ class ClipOptimizer(OptimizerWrapper):
         finite = _all_finite(found)
         self.skipped.assign_add(ops.cast(ops.logical_not(finite), self.skipped.dtype))
         state = variables + self.inner_optimizer.variables
-        backend.cond(finite, update, lambda: None, variables=state)
+        backend.run_if(finite, update, variables=state)
 
     def _clip(self, grads, norms, variables):
         # clip(s g; s c) = s clip(g; c): so the inner optimizer finds its loss scale s again.

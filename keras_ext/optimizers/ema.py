@@ -83,28 +83,18 @@ class EMAOptimizer(OptimizerWrapper):
     def build(self, variables):
         self.updates = self.add_variable((), dtype="int", name="updates")
         super().build(variables)
-        self.averages = [
-            self.add_variable(
-                v.shape,
-                dtype="float64" if v.dtype == "float64" else "float32",
-                layout=getattr(v, "_layout", None),  # sharded like the weight it is for
-                name=f"{v.path.replace('/', '_')}_average",
-            )
-            for v in self.inner_variables
-        ]
+        self.averages = [self.add_sum_variable(v, "average") for v in self.inner_variables]
 
     def apply(self, grads, trainable_variables=None):
         backend.merge_replicas(self._apply, self.align(grads, trainable_variables))
 
     def _apply(self, grads):
-        variables = self.inner_variables
         iterations = self.iterations + 0  # a tensor: the variable itself is about to change
-        backend.apply_gradients(self.inner_optimizer, grads, variables, after=[iterations])
-        backend.cond(
+        self.apply_inner(grads, after=[iterations])
+        backend.run_if(
             self.iterations != iterations,
             self._average,
-            lambda: None,
-            variables=variables + self.own_variables,
+            variables=self.inner_variables + self.own_variables,
         )
 
     def _average(self):

@@ -81,27 +81,15 @@ class LookaheadOptimizer(UpdateWrapper):
     def build(self, variables):
         self.cycle_step = self.add_variable((), dtype="int", name="cycle_step")
         super().build(variables)
-        self.slow_weights = [
-            self.add_variable(
-                v.shape,
-                dtype="float64" if v.dtype == "float64" else "float32",
-                layout=getattr(v, "_layout", None),  # sharded like the weight it is for
-                name=f"{v.path.replace('/', '_')}_slow",
-            )
-            for v in self.inner_variables
-        ]
+        self.slow_weights = [self.add_sum_variable(v, "slow") for v in self.inner_variables]
 
     def _apply(self, grads):
-        variables = self.inner_variables
-        state = variables + self.own_variables
-        started = backend.cond(self.cycle_step == 0, self._start, _nothing, variables=state)
+        state = self.inner_variables + self.own_variables
+        started = backend.run_if(self.cycle_step == 0, self._start, variables=state)
         updates = self.iterations + 0  # a tensor: the variable itself is about to change
-        backend.apply_gradients(
-            self.inner_optimizer, grads, variables, after=[started, updates]
-        )
+        self.apply_inner(grads, after=[started, updates])
         self.cycle_step.assign_add(ops.cast(self.iterations != updates, self.cycle_step.dtype))
-        is_due = self.cycle_step >= self.sync_period
-        backend.cond(is_due, self._sync, _nothing, variables=state)
+        backend.run_if(self.cycle_step >= self.sync_period, self._sync, variables=state)
 
     def _start(self):
         """q <- p; but where p is still q rounded to bfloat16, keep the digits of q."""
@@ -137,7 +125,3 @@ class LookaheadOptimizer(UpdateWrapper):
             "sync_period": self.sync_period,
             "slow_step_size": self.slow_step_size,
         }
-
-
-def _nothing():
-    pass

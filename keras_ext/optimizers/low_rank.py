@@ -61,7 +61,8 @@ class LowRankOptimizer(OptimizerWrapper):
             ever chosen: kernels of more axes (`EinsumDense`, convolutions) train as ever,
             and by default a bias (heads, size) of an attention may be a matrix, too.
         alpha: "lora" only, alpha > 0 as `lora_alpha` of Keras; default r, that is s = 1.
-        update_gap: "galore" only, updates from one SVD to the next; default 200.
+        update_gap: "galore" only, updates from one SVD to the next; default 200. On a CPU
+            use TensorFlow without XLA, whose SVD takes 20 seconds for 256 x 256 there.
         scale: "galore" only, factor > 0 of the steps; default 1 (GaLore's README has 0.25).
         seed: integer for the first A of "lora" and all draws of "random"; default, random.
         name: name of the wrapper.
@@ -221,7 +222,7 @@ class LowRankOptimizer(OptimizerWrapper):
                 moved.append((part, basis, self._decay(part)))
         updates = self.iterations + 0  # the number, not the variable
         read = [updates, *keras.tree.flatten([(basis, decay) for _, basis, decay in moved])]
-        backend.apply_gradients(self.inner_optimizer, small, self.inner_variables, after=read)
+        self.apply_inner(small, after=read)
         # A LossScaleOptimizer inside skips the update after an overflow: then no decay either.
         self._follow(moved, self.iterations > updates)
 

@@ -182,7 +182,7 @@ class GaLore(Projection):
         def refresh():
             projector.assign(self.singular_vectors(grad, projector))
 
-        backend.cond(due, refresh, lambda: None, variables=[projector])
+        backend.run_if(due, refresh, variables=[projector])
         return backend.copies([projector])
 
     def singular_vectors(self, grad, before):

@@ -12,6 +12,11 @@ FOLLOWERS = tuple(
 )
 
 
+# A trainable scalar of this name carries the weight of the batch as its gradient: on JAX an
+# optimizer sees nothing else of a batch. See keras_ext.training.BatchWeightModel.
+BATCH_WEIGHT = "accum_batch_weight"
+
+
 class OptimizerWrapper(keras.optimizers.Optimizer):
     """Base of optimizers that wrap another one, by composition.
 
@@ -90,6 +95,27 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         for grad, variable in zip(grads, trainable_variables, strict=True):
             aligned[self._get_variable_index(variable)] = grad
         return aligned
+
+    def apply_inner(self, grads, after=()):
+        """One step of the inner optimizer, outside of the replicas; see `merge_replicas`.
+
+        Args:
+            grads: one gradient, or None, for every one of `inner_variables`.
+            after: tensors read of the variables that must hold the values before the step.
+        """
+        # An AccumOptimizer inside takes the weight of a batch for that of each replica.
+        backend.apply_gradients(
+            self.inner_optimizer, grads, self.inner_variables, after, everywhere=[BATCH_WEIGHT]
+        )
+
+    def add_sum_variable(self, like, name):
+        """A variable for sums over steps: in float32 at least, whatever `like` is."""
+        return self.add_variable(
+            like.shape,
+            dtype="float64" if like.dtype == "float64" else "float32",
+            layout=getattr(like, "_layout", None),  # sharded like the weight it is for
+            name=f"{like.path.replace('/', '_')}_{name}",
+        )
 
     @property
     def learning_rate(self):
@@ -194,6 +220,7 @@ class UpdateWrapper(OptimizerWrapper):
 
     def before_step(self):
         """What `rewrite` has to know from before the inner step."""
+        return ()
 
     def rewrite(self, index: int, old, new, grad, before):
         """The new value of variable `index`.
@@ -222,7 +249,7 @@ class UpdateWrapper(OptimizerWrapper):
         before = self.before_step()
         updates = self.iterations + 0  # the number, not the variable
         read = [*old, updates, *keras.tree.flatten(before)]
-        backend.apply_gradients(self.inner_optimizer, grads, variables, after=read)
+        self.apply_inner(grads, after=read)
         updated = self.iterations > updates
         for i, w in zip(chosen, old, strict=True):
             variable = variables[i]

@@ -14,7 +14,8 @@ keeps state for it.
 import keras
 from keras import ops
 
-from keras_ext.optimizers.accumulation import BATCH_WEIGHT, AccumOptimizer
+from keras_ext.optimizers.accumulation import AccumOptimizer
+from keras_ext.optimizers.wrapper import BATCH_WEIGHT
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")

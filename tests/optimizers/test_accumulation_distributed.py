@@ -8,7 +8,8 @@ from optimizers.test_accumulation import LR, build, distance, fit, weights_of
 from reference import optimizers as numpy_optimizers
 from reference.problems import Regression
 
-from keras_ext.optimizers import AccumOptimizer
+from keras_ext.optimizers import AccumOptimizer, EMAOptimizer
+from keras_ext.training import BatchWeightModel
 
 BACKEND = keras.backend.backend()
 tensorflow_only = pytest.mark.skipif(
@@ -96,6 +97,25 @@ def test_mirrored_strategy_with_a_weight_per_replica(mirrored):
         step(per_variable, per_replica(sizes))
     expected = problem.train(numpy_optimizers.sgd(LR), [slice(None)])
     assert distance([ops.convert_to_numpy(v) for v in variables], expected) < 1e-6
+
+
+@tensorflow_only
+@pytest.mark.parametrize("wrappers", [1, 2])
+def test_mirrored_strategy_inside_wrappers_with_batch_weights(mirrored, wrappers):
+    # Micro-batches of 8, 8 and 4 rows: their weights pass through the wrappers.
+    problem = Regression(embedding=False, rows=20)
+
+    def make():
+        optimizer = AccumOptimizer(keras.optimizers.SGD(LR), 3)
+        for _ in range(wrappers):
+            optimizer = EMAOptimizer(optimizer)
+        return optimizer
+
+    with mirrored.scope():
+        model, optimizer = build(problem, BatchWeightModel), make()
+    distributed = fit(model, problem, optimizer, 8, jit_compile=False)
+    expected = problem.train(numpy_optimizers.sgd(LR), [slice(0, 20)])
+    assert distance(distributed, expected) < 1e-6
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution runs on JAX")

@@ -13,7 +13,6 @@ from reference import optimizers as numpy_optimizers
 from reference.problems import Regression
 
 from keras_ext.optimizers import AccumOptimizer
-from keras_ext.optimizers.accumulation import BATCH_WEIGHT
 from keras_ext.optimizers.clipping import (
     ClipOptimizer,
     adaptive_clip,
@@ -21,6 +20,7 @@ from keras_ext.optimizers.clipping import (
     smooth_clip,
     unit_axes,
 )
+from keras_ext.optimizers.wrapper import BATCH_WEIGHT
 from keras_ext.training import BatchWeightModel
 
 BACKEND = keras.backend.backend()

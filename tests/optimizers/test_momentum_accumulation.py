@@ -21,13 +21,12 @@ from reference import optimizers as numpy_optimizers
 from reference.problems import Regression
 
 from keras_ext import backend
-from keras_ext.optimizers import AccumOptimizer, OptimizerWrapper
+from keras_ext.optimizers import AccumOptimizer, OptimizerWrapper, Tiger
 from keras_ext.optimizers.momentum_accumulation import (
     MomentumAccumAdam,
     MomentumAccumAdamW,
     MomentumAccumLamb,
     MomentumAccumSGD,
-    Tiger,
 )
 
 BACKEND = keras.backend.backend()
@@ -527,7 +526,7 @@ class Passing(OptimizerWrapper):
         backend.merge_replicas(self._apply, self.align(grads, trainable_variables))
 
     def _apply(self, grads):
-        backend.apply_gradients(self.inner_optimizer, grads, self.inner_variables)
+        self.apply_inner(grads)
 
 
 @all_optimizers

@@ -4,8 +4,8 @@
     python benchmarks/optimizers.py --galore PYTHON --accumulator PYTHON
 
 The options name interpreters with galore-torch and torch, and with gradient-accumulator (it
-needs TensorFlow 2.15); default for galore-torch: the one that runs this. A peer that does not
-import is not measured.
+needs TensorFlow 2.15); default for galore-torch (which needs bitsandbytes): the one that runs
+this. A peer that does not import is not measured.
 
 Optimizer only (the gradients are given), 8.8 million weights: 4 layers, hidden 256,
 feed-forward 1024, 21,128 tokens. On TensorFlow the gradient of the token table is sparse, as
@@ -88,7 +88,7 @@ OPTAX = {
 }
 # The peers that need an environment of their own: name -> the row it is compared with.
 TORCH = {"galore-torch": None}
-TF_2_15 = {"AdamW of Keras 2": None, "gradient-accumulator": "AdamW of Keras 2"}
+TF_2_15 = {"Adam of Keras 2": None, "gradient-accumulator": "Adam of Keras 2"}
 
 
 def adamw(optimizers, **arguments):
@@ -301,7 +301,7 @@ def accumulator_cycle(name):
     """gradient-accumulator, or the plain optimizer, on its TensorFlow and Keras 2."""
     import tensorflow as tf
 
-    optimizer = tf.keras.optimizers.AdamW(LR, weight_decay=DECAY)
+    optimizer = tf.keras.optimizers.legacy.Adam(LR)  # the wrapper knows no other
     if name == "gradient-accumulator":
         from gradient_accumulator import GradientAccumulateOptimizer
 
@@ -368,7 +368,7 @@ def main():
     arguments = parser.parse_args()
 
     cases = {mode: (None, IN_KERAS_BACKEND[mode], ["mode", mode]) for mode in arguments.modes}
-    if imports(arguments.galore, "torch", "galore_torch"):
+    if imports(arguments.galore, "torch", "galore_torch", "bitsandbytes"):
         cases["torch"] = (arguments.galore, "torch", ["mode", "torch"])
     if imports(arguments.accumulator, "gradient_accumulator"):
         cases["TF 2.15"] = (arguments.accumulator, "tensorflow", ["mode", "TF 2.15"])

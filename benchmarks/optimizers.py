@@ -61,6 +61,7 @@ KERAS = {
         lambda k, e: e.MomentumAccumSGD(LR, 0.9, accum_steps=STEPS),
         "AccumOptimizer of SGD",
     ),
+    "Tiger": (lambda k, e: e.Tiger(LR, accum_steps=STEPS), "MomentumAccumSGD"),
     "global_clipnorm": (lambda k, e: adamw(k, global_clipnorm=CLIP), "AdamW"),
     "ClipOptimizer": (lambda k, e: e.ClipOptimizer(adamw(k), CLIP), "global_clipnorm"),
     "ClipOptimizer adaptive": (
@@ -68,6 +69,7 @@ KERAS = {
         "global_clipnorm",
     ),
     "MultiplierOptimizer": (lambda k, e: e.MultiplierOptimizer(adamw(k), {".": 0.5}), "AdamW"),
+    "LazyOptimizer": (lambda k, e: e.LazyOptimizer(adamw(k)), "AdamW"),
     "LookaheadOptimizer": (lambda k, e: e.LookaheadOptimizer(adamw(k)), "AdamW"),
     "use_ema": (lambda k, e: adamw(k, use_ema=True), "AdamW"),
     "EMAOptimizer": (lambda k, e: e.EMAOptimizer(adamw(k)), "use_ema"),
@@ -103,11 +105,20 @@ def make(name):
     return KERAS[name][0](keras.optimizers, optimizers)
 
 
-def tensorflow_cycle(name, xla):
+def keras_variables(values):
+    """The table first: it has the name that optimizers know a table by."""
     import keras
+
+    return [
+        keras.Variable(value, name=f"w{i}" if i else "embeddings")
+        for i, value in enumerate(values)
+    ]
+
+
+def tensorflow_cycle(name, xla):
     import tensorflow as tf
 
-    variables = [keras.Variable(tf.random.normal(shape) * 0.02) for shape in SHAPES]
+    variables = keras_variables(tf.random.normal(shape) * 0.02 for shape in SHAPES)
     optimizer = make(name)
     optimizer.build(variables)
     ids = tf.random.uniform((BATCH_TOKENS,), 0, TOKENS, tf.int32)
@@ -155,11 +166,9 @@ def jax_cycle(step, weights, state, grads):
 
 
 def keras_on_jax_cycle(name):
-    import keras
-
     weights, grads = jax_arrays()
     optimizer = make(name)
-    optimizer.build([keras.Variable(w) for w in weights])
+    optimizer.build(keras_variables(weights))
     state = [v.value for v in optimizer.variables]
 
     def step(weights, state, grads):

@@ -19,6 +19,7 @@ from optimizers import IN_KERAS_BACKEND, make
 WRAPPERS = (
     "AdamW",
     "AccumOptimizer",
+    "global_clipnorm",
     "ClipOptimizer",
     "MultiplierOptimizer",
     "LookaheadOptimizer",

@@ -6,7 +6,7 @@ stands here once per backend, under one name:
 | function | purpose |
 |---|---|
 | `run_if(predicate, fn, variables)` | a conditional that assigns |
-| `cond(predicate, true_fn, false_fn, variables)` | the output of one of two functions |
+| `cond(predicate, true_fn, false_fn, inputs, variables, ...)` | one of two functions |
 | `add_to(variables, tensors, scale)` | `variable += scale * tensor`, also sparse |
 | `values(gradient)` | the tensor of values that a dense or sparse gradient stores |
 | `map_values(fn, gradient)` | apply an elementwise function to them |
@@ -23,6 +23,13 @@ a scalar, and the gradient has the structure of x. With `has_aux`, `fn` returns 
 starts with the scalar, and `value` is this tuple. It works eagerly and compiled, also within a
 loss that is differentiated in turn (as often as one likes, and without a second evaluation of
 `fn`), and random seeds and moving averages that `fn` updates are updated once.
+
+`cond(predicate, true_fn, false_fn, inputs, variables, recompute=False)` returns
+`true_fn(inputs)` or `false_fn(inputs)`, a tensor, and computes only that. `inputs` is a tensor;
+`variables` are those that the functions may assign (random seeds, moving averages; others do
+no harm), and each is assigned once. With `recompute` TensorFlow runs the function again for the
+gradient, on the same draws, instead of keeping what it computed: without it XLA cannot compile
+the gradient. JAX and PyTorch ignore it.
 
 Only the backend that Keras itself runs on is imported.
 """

@@ -128,21 +128,21 @@ class _RecordingScope(keras.StatelessScope):
         self.assigned[id(update[0])] = update[0]
 
 
-def cond(predicate, true_fn, false_fn, variables):
-    """`true_fn()` or `false_fn()`, only one of which is computed.
+def cond(predicate, true_fn, false_fn, inputs, variables, recompute=False):
+    """See `keras_ext.backend`.
 
-    Random seeds and moving averages among `variables` may be assigned: under tracing they are
-    recorded, leave `jax.lax.cond` as outputs, and are assigned outside.
+    What the branches assign is recorded under tracing, leaves `jax.lax.cond` as an output, and
+    is assigned outside.
     """
     if not isinstance(predicate, jax.core.Tracer):
-        return true_fn() if predicate else false_fn()
+        return true_fn(inputs) if predicate else false_fn(inputs)
     assigned = {}
 
     def recorded(fn):
         def run():
             scope = _RecordingScope()
             with scope:
-                out = fn()
+                out = fn(inputs)
                 values = [v.value for v in variables]
             assigned.update(scope.assigned)
             return out, values

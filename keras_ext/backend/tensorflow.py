@@ -143,6 +143,40 @@ def value_and_grad(fn, has_aux=False):
     return run
 
 
-def cond(predicate, true_fn, false_fn, variables):
-    """`true_fn()` or `false_fn()`, whose assignments to `variables` need no help here."""
-    return tf.cond(predicate, true_fn, false_fn)
+def cond(predicate, true_fn, false_fn, inputs, variables, recompute=False):
+    """See `keras_ext.backend`.
+
+    The gradient of a tf.cond takes what the branches computed out of it, and each pads what the
+    other gives with placeholders of unknown size, at which XLA stops. With `recompute` the
+    gradient is a tf.cond of its own, that goes forwards and back within the branch.
+    """
+    if not recompute or tf.executing_eagerly():
+        return tf.cond(predicate, lambda: true_fn(inputs), lambda: false_fn(inputs))
+
+    @tf.custom_gradient
+    def run(x):  # x is `inputs` itself, with its mask
+        before = list(zip(variables, copies(variables), strict=True))
+        constant = {id(v.value) for v in variables}
+
+        def grad(upstream, variables=()):  # the weights that the branches read
+            weights = [w for w in variables if id(w) not in constant]
+
+            def again(fn):
+                def gradients():
+                    # State is read as it was before, and what is assigned is forgotten.
+                    state = keras.StatelessScope(before, initialize_variables=False)
+                    with state, tf.GradientTape(watch_accessed_variables=False) as tape:
+                        tape.watch([x, *weights])
+                        y = fn(x)
+                    zero = tf.UnconnectedGradients.ZERO
+                    return [densify(g) for g in tape.gradient(y, [x, *weights], upstream, zero)]
+
+                return gradients
+
+            of_x, *rest = tf.cond(predicate, again(true_fn), again(false_fn))
+            of_weights = dict(zip(map(id, weights), rest, strict=True))
+            return of_x, [of_weights.get(id(w)) for w in variables]
+
+        return tf.cond(predicate, lambda: true_fn(x), lambda: false_fn(x)), grad
+
+    return run(inputs)

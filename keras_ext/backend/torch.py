@@ -81,6 +81,6 @@ def _detached(leaf):
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
-def cond(predicate, true_fn, false_fn, variables):
-    """`true_fn()` or `false_fn()`, whose assignments to `variables` need no help here."""
-    return true_fn() if predicate else false_fn()
+def cond(predicate, true_fn, false_fn, inputs, variables, recompute=False):
+    """See `keras_ext.backend`."""
+    return true_fn(inputs) if predicate else false_fn(inputs)

@@ -16,6 +16,7 @@ from keras_ext.optimizers.momentum_accumulation import (
     MomentumAccumSGD,
 )
 from keras_ext.optimizers.multipliers import MultiplierOptimizer, layerwise_decay
+from keras_ext.optimizers.periodic import PeriodicOptimizer
 from keras_ext.optimizers.tiger import Tiger
 from keras_ext.optimizers.wrapper import OptimizerWrapper, UpdateWrapper
 
@@ -33,6 +34,7 @@ __all__ = [
     "MomentumAccumSGD",
     "MultiplierOptimizer",
     "OptimizerWrapper",
+    "PeriodicOptimizer",
     "RelativeAdafactor",
     "Tiger",
     "UpdateWrapper",

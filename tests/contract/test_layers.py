@@ -17,6 +17,8 @@ HIDDEN = np.random.default_rng(0).normal(size=(BATCH, LENGTH, WIDTH)).astype("fl
 HIDDEN[1, 3:] = 0  # padding
 MEMORY = np.random.default_rng(1).normal(size=(BATCH, 3, WIDTH)).astype("float32")
 IDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0]], "int32")
+# A seed with which the first draw of a compiled step is the successor.
+SUCCESSOR_FIRST = 3 if keras.backend.backend() == "torch" else 8
 SEGMENTS = np.array([[0, 0, 1, 1, 1], [0, 1, 1, 0, 0]], "int32")
 
 
@@ -42,14 +44,25 @@ def block(**kwargs: Any) -> layers.TransformerBlock:
     return layers.TransformerBlock(attention, layers.FeedForward(16, **parts), **kwargs)
 
 
+def theseus_module(**kwargs: Any) -> layers.TheseusModule:
+    parts = {key: kwargs[key] for key in kwargs if key == "dtype"}
+    branches = [layers.FeedForward(size, **parts) for size in (16, 8)]
+    module = layers.TheseusModule(*branches, seed=SUCCESSOR_FIRST, **kwargs)
+    module.recompute = True  # for XLA on TensorFlow
+    return module
+
+
 ROWS = [
     Row("Bias", layers.Bias, (HIDDEN,)),
+    Row("CosineDense", lambda **k: layers.CosineDense(6, **k), (HIDDEN,)),
     Row("FeedForward", lambda **k: layers.FeedForward(16, layers.gelu_tanh, **k), (HIDDEN,)),
+    Row("GradientReversal", layers.GradientReversal, (HIDDEN,)),
     Row(
         "MultiHeadAttention", lambda **k: layers.MultiHeadAttention(2, 4, **k), (HIDDEN, MEMORY)
     ),
     Row("PositionEmbedding", lambda **k: layers.PositionEmbedding(7, **k), (HIDDEN,)),
     Row("SegmentEmbedding", lambda **k: layers.SegmentEmbedding(2, **k), (HIDDEN, SEGMENTS)),
+    Row("TheseusModule", theseus_module, (HIDDEN,)),
     Row(
         "TokenEmbedding", lambda **k: layers.TokenEmbedding(10, 8, mask_zero=True, **k), (IDS,)
     ),
@@ -110,7 +123,7 @@ def test_eager_equals_compiled(row):
 def test_mixed_precision(row):
     exact, mixed = row.model(), row.model(dtype="mixed_bfloat16")
     mixed.set_weights(exact.get_weights())
-    assert {w.dtype for w in mixed.weights} == {"float32"}
+    assert {w.dtype for w in mixed.weights} <= {"float32"}
     assert mixed.output.dtype == "bfloat16"
     outputs = mixed.layers[-1](*row.inputs)
     assert keras.backend.standardize_dtype(outputs.dtype) == "bfloat16"
@@ -127,13 +140,16 @@ def test_inferred_shape_is_the_real_one(row):
 
 
 def test_a_compiled_fit_step_is_finite_and_learns(row):
-    model = row.model()
-    before = model.get_weights()
+    layer = row.model()
+    model = keras.Model(layer.inputs, keras.layers.Dense(2)(layer.output))
+    learning = layer if layer.trainable_weights else model
+    before = learning.get_weights()
     model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=JIT)
     targets = np.ones((BATCH, *model.output.shape[1:]), "float32")
     model.fit(list(row.inputs), targets, verbose=0)
-    assert all(np.isfinite(w).all() for w in model.get_weights())
-    assert any((new != old).any() for new, old in zip(model.get_weights(), before, strict=True))
+    after = learning.get_weights()
+    assert all(np.isfinite(w).all() for w in after)
+    assert any((new != old).any() for new, old in zip(after, before, strict=True))
 
 
 class MaskProbe(keras.layers.Layer):

@@ -45,6 +45,17 @@ def looked_ahead(problem: Regression) -> list[np.ndarray]:
     return weights
 
 
+def periodically_trained(problem: Regression) -> list[np.ndarray]:
+    """The kernel at every second step, with Adam's bias correction for its own steps."""
+    (table, kernel, bias), states = problem.weights, ({}, {})
+    for t, rows in enumerate(batches(BATCH), start=1):
+        grads = problem.gradients([table, kernel, bias], rows)
+        table, bias = ADAM([table, bias], grads[::2], states[0], t)
+        if t % 2 == 0:
+            (kernel,) = ADAM([kernel], grads[1:2], states[1], t // 2)
+    return [table, kernel, bias]
+
+
 def low_rank_trained(problem: Regression) -> list[np.ndarray]:
     *matrices, bias = problem.weights
     forms = [low_rank.Additive(w, 1) for w in matrices] + [low_rank.Whole(bias)]
@@ -114,6 +125,13 @@ ROWS_OF_TABLE = [
         "MultiplierOptimizer",
         lambda: optimizers.MultiplierOptimizer(keras.optimizers.Adam(LR), {"kernel": 0.5}),
         trained(update_wrappers.multiply(ADAM, [1.0, 0.5, 1.0])),
+    ),
+    Row(
+        "PeriodicOptimizer",
+        lambda: optimizers.PeriodicOptimizer(
+            keras.optimizers.Adam(LR), keras.optimizers.Adam(LR), slow="kernel", period=2
+        ),
+        periodically_trained,
     ),
     Row(
         "RelativeAdafactor",

@@ -1,0 +1,128 @@
+"""A training step of BERT-of-Theseus against the steps of its two branches alone.
+
+    python benchmarks/theseus.py
+
+A BERT of 8 blocks, hidden 256, feed-forward 1024, and 4 modules of 2 blocks for 1; batches of
+16 sequences of 64, dropout 0.1, AdamW. CPU milliseconds on one core of a step, mean of 40:
+
+    small         the successors alone, in a model without modules
+    predecessors  the frozen blocks alone, in a model without modules, where one weight below
+                  them is trained: the gradient passes through them, as it does in Theseus
+    p = 1, 0.5    the model of `build_theseus_model` with this replacement rate
+
+Targets: p = 1 over small about 1; p = 0.5 at most 1.15 of the mean of both branches, weighed as
+its modules really drew. If both branches were computed, p = 0.5 would be at their sum, twice
+the mean. With XLA, TensorFlow runs the branch that was drawn again for its gradient, and both
+ratios are higher by this forward pass. Compilation is not in the figures.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from measure import pin_to_one_core, report, take_turns
+
+BLOCKS, HIDDEN, HEADS, FEED_FORWARD, VOCABULARY = 8, 256, 4, 1024, 1000
+BATCH, LENGTH, CLASSES, STEPS, WARMUP = 16, 64, 15, 40, 3
+GROUPS = 2
+MODES = {"TF graph": ("tensorflow", "graph"), "TF XLA": ("tensorflow", "jit")}
+MODES["JAX"] = ("jax", "jit")
+MODELS = ("small", "predecessors", "1", "0.5")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--turns", type=int, default=3, help="how often each case runs")
+    turns = parser.parse_args().turns
+    cases = {
+        (mode, model): (None, backend, ["case", model, jit])
+        for mode, (backend, jit) in MODES.items()
+        for model in MODELS
+    }
+    figures = take_turns(__file__, cases, turns)
+    titles = ("small", "predecessors", "p = 1", "p = 0.5")
+    print(f"{'ms':10}" + "".join(f"{title:>14}" for title in titles))
+    for mode in MODES:
+        small, old, one, half = (figures[mode, model] for model in MODELS)
+        print(f"{mode:10}" + "".join(f"{f['ms']:14.1f}" for f in (small, old, one, half)))
+        share = half["replaced"]
+        mean = share * small["ms"] + (1 - share) * old["ms"]
+        print(
+            f"{'':10}p = 1 over small {one['ms'] / small['ms']:.2f}, p = 0.5 over the mean "
+            f"{half['ms'] / mean:.2f} ({share:.0%} replaced)"
+        )
+
+
+def measure(name: str, jit: str) -> None:
+    """One case, in a process of its own."""
+    pin_to_one_core()
+    import keras
+
+    keras.utils.set_random_seed(0)
+    model = build(name)
+    model.compile(
+        keras.optimizers.AdamW(1e-5),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=jit == "jit",
+    )
+    random = np.random.default_rng(0)
+    ids = random.integers(1, VOCABULARY, (BATCH, LENGTH)).astype("int32")
+    batch = keras.tree.map_structure(
+        keras.ops.convert_to_tensor,
+        ([ids, np.zeros_like(ids)], random.integers(0, CLASSES, BATCH)),
+    )
+    for _ in range(WARMUP):
+        model.train_on_batch(*batch)
+    before = draws(model)
+    start = time.process_time()
+    for _ in range(STEPS):
+        model.train_on_batch(*batch)  # returns numbers, so it waits for the step
+    ms = 1e3 * (time.process_time() - start) / STEPS
+    report(ms=ms, replaced=(draws(model) - before) / (STEPS * BLOCKS // GROUPS))
+
+
+def build(name: str):
+    import keras
+
+    from keras_ext.models import build_transformer_model
+    from keras_ext.training.theseus import build_theseus_model, extract_successor
+
+    config = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": BLOCKS,
+        "num_attention_heads": HEADS,
+        "intermediate_size": FEED_FORWARD,
+        "max_position_embeddings": LENGTH,
+    }
+    bert = build_transformer_model(config)
+    full = keras.Model(bert.inputs, keras.layers.Dense(CLASSES)(bert.output[:, 0]))
+    if name in ("1", "0.5"):
+        return build_theseus_model(full, GROUPS, float(name), predecessor_dropout=True)
+    model = (
+        full if name == "predecessors" else extract_successor(build_theseus_model(full, GROUPS))
+    )
+    for layer in model.layers:
+        trained = "encoder" in layer.name if name == "small" else layer.name == "embedding_norm"
+        layer.trainable = trained
+    return model
+
+
+def draws(model) -> int:
+    """Steps so far of all successors: each draws two dropout masks on its outputs."""
+    modules = [layer for layer in model.layers if layer.name.startswith("theseus_")]
+    seeds = [module.successor[0].dropout_layer.seed_generator for module in modules]
+    return sum(int(seed.state[1]) for seed in seeds) // 2
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["case"]:
+        measure(*sys.argv[2:])
+    else:
+        main()

@@ -47,7 +47,7 @@ def looked_ahead(problem: Regression) -> list[np.ndarray]:
 
 def periodically_trained(problem: Regression) -> list[np.ndarray]:
     """The kernel at every second step, with Adam's bias correction for its own steps."""
-    (table, kernel, bias), states = problem.weights, ({}, {})
+    (table, kernel, bias), states = problem.weights, ([{}, {}], [{}])
     for t, rows in enumerate(batches(BATCH), start=1):
         grads = problem.gradients([table, kernel, bias], rows)
         table, bias = ADAM([table, bias], grads[::2], states[0], t)

@@ -127,6 +127,9 @@ def of_the_article(g, d):
 
 
 stop = ops.stop_gradient
+values = [float(ops.convert_to_numpy(f(*networks()))) for f in (of_the_article, loss_d)]
+print("L:", values[0], " L_D:", values[1])
+assert values[0] == values[1]
 
 # %% [markdown]
 # ## 2. Once forward, twice backward

@@ -30,6 +30,11 @@ def cosine_scores(features: Any, kernel: Any, dtype: str | None = None) -> Any:
             Default: that of `features`.
 
     Returns: (..., units).
+
+    Example:
+        >>> cosines = cosine_scores(np.array([[2.0, 0.0]]), np.array([[3.0], [0.0]]))
+        >>> keras.ops.convert_to_numpy(cosines).tolist()
+        [[1.0]]
     """
     dtype = dtype or keras.backend.standardize_dtype(features.dtype)
     wide = keras.backend.result_type(dtype, "float32")

@@ -231,7 +231,7 @@ def test_weights_start_with_the_spread_of_the_configuration():
         value = ops.convert_to_numpy(weight)
         if weight.path.endswith(("kernel", "embeddings")):
             # 0.44 if the tails are cut at two standard deviations; Keras on torch keeps them.
-            assert 0.4 < value.std() < 0.55
+            assert 0.3 < value.std() < 0.65  # of 128 weights at least
         else:
             assert (value == weight.path.endswith("gamma")).all()
 

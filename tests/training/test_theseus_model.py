@@ -194,15 +194,15 @@ def test_a_saved_training_model_is_the_same(tmp_path):
     equal([student.predict(X, verbose=0)], [small.predict(X, verbose=0)])
 
 
-def fitted(path, blocks, dropout, jit_compile, batch_size):
-    """A batch through the predecessors and one through the successors, after loading."""
-    student = build_theseus_model(classifier(blocks, dropout), groups=blocks)
-    student.get_layer("embedding_norm").trainable = True  # predecessors pass its gradient on
+def fitted(path, jit_compile):
+    """A step through the predecessor and one through the successor, after loading."""
+    student = build_theseus_model(classifier(1, 0.0), groups=1)
+    student.get_layer("embedding_norm").trainable = True  # gets its gradient through them
     compiled(student, keras.optimizers.SGD(0.1), jit_compile=jit_compile).save(path)
     before, student = student.get_weights(), keras.models.load_model(path)
     schedule = LinearReplacement(slope=1, start=0)
     options = {
-        "batch_size": batch_size,
+        "epochs": 2,
         "shuffle": False,
         "callbacks": [schedule],
         "verbose": 0,
@@ -216,14 +216,7 @@ def fitted(path, blocks, dropout, jit_compile, batch_size):
 
 @pytest.mark.skipif(not JIT, reason="compilation by PyTorch needs minutes")
 def test_xla_trains_what_the_graph_does(tmp_path):
-    options = {"blocks": 2, "dropout": 0.0, "batch_size": 4}
-    equal(*(fitted(tmp_path / "model.keras", jit_compile=j, **options) for j in (False, True)))
-
-
-@pytest.mark.skipif(not JIT, reason="compilation by PyTorch needs minutes")
-def test_xla_with_dropout_and_batches_of_two_sizes(tmp_path):
-    results = fitted(tmp_path / "model.keras", 1, dropout=0.1, jit_compile=True, batch_size=5)
-    assert all(np.isfinite(value).all() for value in results)
+    equal(*(fitted(tmp_path / "model.keras", jit_compile=jit) for jit in (False, True)))
 
 
 def test_bad_models():

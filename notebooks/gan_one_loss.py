@@ -25,7 +25,7 @@
 # scalar can carry both gradients ([6387](https://kexue.fm/archives/6387)), and then `compile`
 # and `fit` are enough. Sections 1 to 3 show that the gradients are right and what they cost,
 # section 4 what sets the pace of the two networks, section 5 what is *not* the same as
-# alternating training, and section 6 trains one. Every section asserts what it claims. A CPU is
+# alternating training, and section 5 trains one. Every section asserts what it claims. A CPU is
 # enough.
 
 # %%
@@ -231,7 +231,7 @@ assert leaks["of the article"] > 0.1
 assert leaks["one forward pass"] < 1e-6
 
 # %% [markdown]
-# ## 3. The bill
+# ## The bill
 #
 # In units of one forward pass $F_G$ or $F_D$ (a backward pass to weights and inputs is two, to
 # one of them one):
@@ -244,7 +244,7 @@ assert leaks["one forward pass"] < 1e-6
 #
 # [benchmarks/gan.py](https://github.com/keras-ext/keras-ext/tree/main/benchmarks) measures it.
 #
-# ## 4. What sets the pace
+# ## 3. What sets the pace
 #
 # How fast should $G$ learn, compared with $D$? With SGD a factor on $L_G$ would decide. Adam
 # divides by the size of the gradient, and the factor with it. So `SingleLossGAN` has no such
@@ -278,7 +278,7 @@ np.testing.assert_allclose(distance["10 L_G"], distance["Adam"], rtol=0.05)
 np.testing.assert_allclose(distance["rate x 0.1"], 0.1 * distance["Adam"], rtol=0.1)
 
 # %% [markdown]
-# ## 5. What is not the same as alternating
+# ## 4. What is not the same as alternating
 #
 # With one loss both networks move at once, from the same point; in alternating training each
 # answers to the other's last move. The simplest game, $\min_a\max_b ab$ with gradient steps of
@@ -310,7 +310,7 @@ plt.show()
 print(f"after {STEPS} steps: at once {norms[0][-1]:.3f}, in turns {norms[1][-1]:.3f}")
 
 # %% [markdown]
-# ## 6. `compile`, `fit`
+# ## 5. `compile`, `fit`
 #
 # Eight narrow Gaussians on a circle; generator and discriminator are small MLPs. The noise is
 # standard normal in the shape of the generator's input.

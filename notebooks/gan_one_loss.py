@@ -23,8 +23,8 @@
 #
 # A GAN has two losses, so it is trained by a loop of one's own. It does not have to be: one
 # scalar can carry both gradients ([6387](https://kexue.fm/archives/6387)), and then `compile`
-# and `fit` are enough. Sections 1 to 3 show that the gradients are right and what they cost,
-# section 4 what sets the pace of the two networks, section 5 what is *not* the same as
+# and `fit` are enough. Sections 1 and 2 show that the gradients are right, and what they cost,
+# section 3 what sets the pace of the two networks, section 4 what is *not* the same as
 # alternating training, and section 5 trains one. Every section asserts what it claims. A CPU is
 # enough.
 

@@ -43,11 +43,7 @@ from keras import ops
 from settings import Settings, resolve
 
 from keras_ext.text import BucketedBatches
-from keras_ext.training.theseus import (
-    LinearReplacement,
-    build_theseus_model,
-    extract_successor,
-)
+from keras_ext.training import LinearReplacement, build_theseus_model, extract_successor
 
 START, TEMPERATURE, SOFT = 0.3, 2.0, 0.5
 

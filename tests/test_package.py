@@ -29,14 +29,8 @@ def run_python(code: str, **environment: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def test_import_adds_no_backend_to_those_of_keras():
-    names = "sorted({'tensorflow', 'jax', 'torch'} & set(sys.modules))"
-    code = f"import sys, keras; before = {names}; import keras_ext; print(before == {names})"
-    assert run_python(code) == "True"
-
-
-def test_works_where_other_backends_cannot_be_imported():
-    # Keras first: what it or its own dependencies import is not ours to forbid.
+def test_imports_no_backend_that_keras_did_not():
+    # What Keras or its own dependencies imported is not ours to forbid; the others raise here.
     others = sorted(BACKENDS - {keras.backend.backend()})
     block = f"import sys, keras; [sys.modules.setdefault(name, None) for name in {others}]"
     code = (
@@ -46,11 +40,8 @@ def test_works_where_other_backends_cannot_be_imported():
 
 
 def test_an_unknown_backend_is_refused():
-    code = (
-        "import keras; keras.backend.backend = lambda: 'abacus'\n"
-        "try:\n    import keras_ext\nexcept ImportError as error:\n    print(error)"
-    )
-    assert "got 'abacus'. Set KERAS_BACKEND" in run_python(code)
+    code = "try:\n    import keras_ext\nexcept ImportError as error:\n    print(error)"
+    assert "got 'numpy'. Set KERAS_BACKEND" in run_python(code, KERAS_BACKEND="numpy")
 
 
 def test_only_the_backend_package_imports_a_backend_and_nothing_imports_keras_src():

@@ -22,16 +22,14 @@ def run_if(predicate, fn, variables):
     return tf.while_loop(lambda due: due, lambda _: (run(),), (predicate,))[0]
 
 
-def add_to(variables, tensors, scale=None):
+def add_to(variables, tensors, scale=1):
     """`variable += scale * tensor`; of an `IndexedSlices` only the rows that occur."""
     for variable, tensor in zip(variables, tensors, strict=True):
         tensor, target = tf.cast(tensor, variable.dtype), variable.value
-        factor = 1 if scale is None else tf.cast(scale, variable.dtype)
+        factor = tf.cast(scale, variable.dtype)
         if isinstance(tensor, tf.IndexedSlices):
             # Sums rows that occur more than once.
             target.scatter_add(map_values(lambda v, factor=factor: factor * v, tensor))
-        elif scale is None:
-            target.assign_add(tensor)
         elif isinstance(target, tf.distribute.DistributedValues):
             target.assign_add(factor * tensor)
         else:  # product and sum in one pass

@@ -32,7 +32,7 @@ class TokenEmbedding(keras.layers.Embedding):
     Example:
         >>> layer = TokenEmbedding(100, 8, mask_zero=True)
         >>> hidden = layer(keras.ops.array([[5, 7, 0]]))
-        >>> layer(hidden, reverse=True).shape
+        >>> tuple(layer(hidden, reverse=True).shape)
         (1, 3, 100)
     """
 
@@ -82,7 +82,7 @@ class SegmentEmbedding(keras.layers.Layer):
 
     Example:
         >>> layer = SegmentEmbedding(num_segments=2)
-        >>> layer(keras.ops.zeros((1, 3, 8)), keras.ops.array([[0, 0, 1]])).shape
+        >>> tuple(layer(keras.ops.zeros((1, 3, 8)), keras.ops.array([[0, 0, 1]])).shape)
         (1, 3, 8)
     """
 
@@ -136,7 +136,7 @@ class PositionEmbedding(keras.layers.Layer):
 
     Example:
         >>> layer = PositionEmbedding(max_length=512)
-        >>> layer(keras.ops.zeros((2, 128, 64))).shape
+        >>> tuple(layer(keras.ops.zeros((2, 128, 64))).shape)
         (2, 128, 64)
     """
 

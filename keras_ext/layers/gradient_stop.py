@@ -91,7 +91,7 @@ class GradientReversal(keras.layers.Layer):
 
     Example:
         >>> layer = GradientReversal(scale=0.1)
-        >>> layer(keras.ops.array([1.0, 2.0])).shape
+        >>> tuple(layer(keras.ops.array([1.0, 2.0])).shape)
         (2,)
 
     Reference: Ganin & Lempitsky 2014, arXiv 1409.7495.

@@ -22,7 +22,7 @@ import keras
 from keras import ops
 
 from keras_ext import backend
-from keras_ext.layers.transformer import _serialize_unbuilt
+from keras_ext.layers.transformer import serialize_unbuilt
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
@@ -59,7 +59,7 @@ class TheseusModule(keras.layers.Layer):
     Example:
         >>> x = keras.ops.ones((2, 5, 8))
         >>> module = TheseusModule([FeedForward(64), FeedForward(64)], FeedForward(64))
-        >>> module(x, replacement_rate=0.5, training=True).shape
+        >>> tuple(module(x, replacement_rate=0.5, training=True).shape)
         (2, 5, 8)
 
     Reference: Xu et al. 2020, arXiv 2002.02925.
@@ -143,8 +143,8 @@ class TheseusModule(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
-            "predecessor": [_serialize_unbuilt(layer) for layer in self.predecessor],
-            "successor": [_serialize_unbuilt(layer) for layer in self.successor],
+            "predecessor": [serialize_unbuilt(layer) for layer in self.predecessor],
+            "successor": [serialize_unbuilt(layer) for layer in self.successor],
             "predecessor_dropout": self.predecessor_dropout,
             "seed": self.seed,
         }

@@ -42,7 +42,7 @@ class FeedForward(keras.layers.Layer):
         inputs: (..., width). The output is like it.
 
     Example:
-        >>> FeedForward(units=64)(keras.ops.zeros((2, 5, 16))).shape
+        >>> tuple(FeedForward(units=64)(keras.ops.zeros((2, 5, 16))).shape)
         (2, 5, 16)
     """
 
@@ -108,7 +108,7 @@ class TransformerBlock(keras.layers.Layer):
 
     Example:
         >>> block = TransformerBlock(MultiHeadAttention(4, 8), FeedForward(64), dropout=0.1)
-        >>> block(keras.ops.zeros((2, 5, 32))).shape
+        >>> tuple(block(keras.ops.zeros((2, 5, 32))).shape)
         (2, 5, 32)
     """
 
@@ -159,8 +159,8 @@ class TransformerBlock(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
-            "attention": _serialize_unbuilt(self.attention),
-            "feed_forward": _serialize_unbuilt(self.feed_forward),
+            "attention": serialize_unbuilt(self.attention),
+            "feed_forward": serialize_unbuilt(self.feed_forward),
             "dropout": self.dropout,
             "epsilon": self.epsilon,
         }
@@ -172,7 +172,7 @@ class TransformerBlock(keras.layers.Layer):
         return cls(**{**config, **built})
 
 
-def _serialize_unbuilt(layer: keras.layers.Layer) -> dict[str, Any]:
+def serialize_unbuilt(layer: keras.layers.Layer) -> dict[str, Any]:
     # Rebuilt by the block, its weights get the block's name in their paths, which checkpoint
     # tables rely on; rebuilt by itself, they would not.
     config = keras.saving.serialize_keras_object(layer)

@@ -189,11 +189,21 @@ class GANQP(GANLoss):
         if x_real is None or x_fake is None:
             raise ValueError("GANQP measures a distance: pass x_real and x_fake.")
         real, fake = _scores(real, fake)
-        difference = real - fake
-        distance = self.scale * (pair_distance(x_real, x_fake, self.norm) + self.epsilon)
-        distance = ops.cast(distance, difference.dtype)
+        return self.potential(real - fake, self.distance(x_real, x_fake))
+
+    def potential(self, difference: Any, distance: Any) -> Any:
+        """E[-difference + difference^2 / (2 scale distance)]; the distance is per pair."""
+        distance = ops.cast(self.scale * (distance + self.epsilon), difference.dtype)
         distance = ops.reshape(distance, (-1,) + (1,) * (len(difference.shape) - 1))
         return ops.mean(-difference + difference**2 / (2 * distance))
+
+    def distance(self, a: Any, b: Any) -> Any:
+        """d(a, b) per pair, a mean over all dimensions but the first: (batch,). No gradient."""
+        a, b = (at_least_float32(ops.stop_gradient(ops.convert_to_tensor(x))) for x in (a, b))
+        axes = tuple(range(1, len(a.shape)))
+        if self.norm == "l1":
+            return ops.mean(ops.abs(a - b), axis=axes)
+        return ops.sqrt(ops.mean((a - b) ** 2, axis=axes))
 
     def generator(self, real, fake):
         real, fake = _scores(real, fake)
@@ -201,15 +211,6 @@ class GANQP(GANLoss):
 
     def get_config(self):
         return {"scale": self.scale, "norm": self.norm, "epsilon": self.epsilon}
-
-
-def pair_distance(a: Any, b: Any, norm: str) -> Any:
-    """d(a, b) per pair, a mean over all dimensions but the first: (batch,). No gradient."""
-    a, b = (at_least_float32(ops.stop_gradient(ops.convert_to_tensor(x))) for x in (a, b))
-    axes = tuple(range(1, len(a.shape)))
-    if norm == "l1":
-        return ops.mean(ops.abs(a - b), axis=axes)
-    return ops.sqrt(ops.mean((a - b) ** 2, axis=axes))
 
 
 def at_least_float32(x: Any) -> Any:

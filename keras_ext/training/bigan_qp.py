@@ -20,7 +20,7 @@ from keras import ops
 
 from keras_ext import backend
 from keras_ext.layers.gradient_stop import gradient_only
-from keras_ext.losses.gan import at_least_float32, pair_distance
+from keras_ext.losses.gan import GANQP, at_least_float32
 from keras_ext.training.gan import NoiseModel, check_arguments, regularisation
 
 
@@ -72,21 +72,16 @@ class BiGANQP(NoiseModel):
         **kwargs: Any,
     ) -> None:
         super().__init__(generator, seed, **kwargs)
-        for name, value in (("scale", scale), ("epsilon", epsilon)):
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}.")
+        self.quadratic = GANQP(scale, norm, epsilon)
         for name, value in (("code_weight", code_weight), ("image_weight", image_weight)):
             if not value >= 0:
                 raise ValueError(f"{name} must be at least 0, got {value}.")
-        if norm not in ("l1", "l2"):
-            raise ValueError(f'norm must be "l1" or "l2", got {norm!r}.')
         if tuple(encoder.output_shape[1:]) != self.noise_shape:
             raise ValueError(
                 f"encoder must give codes of the shape {self.noise_shape} of the generator's "
                 f"input, got {tuple(encoder.output_shape[1:])}."
             )
         self.encoder, self.discriminator = encoder, discriminator
-        self.scale, self.norm, self.epsilon = scale, norm, epsilon
         self.code_weight, self.image_weight = code_weight, image_weight
         self.build(encoder.input_shape)
 
@@ -111,10 +106,8 @@ class BiGANQP(NoiseModel):
             zero, (mean, delta) = gradient_only(difference, made, has_aux=True)
         else:
             zero, (mean, delta) = 0.0, difference(made)
-        distance = pair_distance(x, images, self.norm) + pair_distance(codes, z, self.norm)
-        distance = self.scale * (distance + self.epsilon)
-        distance = ops.reshape(distance, (-1,) + (1,) * (len(delta.shape) - 1))
-        loss_d = ops.mean(-delta + delta**2 / (2 * distance))
+        distance = self.quadratic.distance(x, images) + self.quadratic.distance(codes, z)
+        loss_d = self.quadratic.potential(delta, distance)
         inverse = self._inverse(x, z, codes, images, training)
         self.discriminator_loss.update_state(loss_d)
         self.generator_loss.update_state(mean + inverse)
@@ -139,5 +132,5 @@ class BiGANQP(NoiseModel):
             name: keras.saving.serialize_keras_object(getattr(self, name))
             for name in ("encoder", "discriminator")
         }
-        options = ("scale", "norm", "code_weight", "image_weight", "epsilon")
-        return super().get_config() | networks | {n: getattr(self, n) for n in options}
+        weights = {"code_weight": self.code_weight, "image_weight": self.image_weight}
+        return super().get_config() | networks | self.quadratic.get_config() | weights

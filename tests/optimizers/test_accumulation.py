@@ -85,8 +85,11 @@ def run(optimizer, problem, gradients, **arguments):
 # --- the invariant: 3 updates of 4 micro-batches of 4 rows = 3 batches of 16 rows
 
 
-@pytest.mark.parametrize("mode", ["eager", "xla"])
-@pytest.mark.parametrize("embedding", [False, True], ids=["dense", "embedding"])
+@pytest.mark.parametrize(
+    ("embedding", "mode"),
+    [(False, "eager"), (True, "eager"), (True, "xla")],
+    ids=["dense, eager", "embedding, eager", "embedding, xla"],
+)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_micro_batches_equal_the_large_batch(name, embedding, mode):
     problem = Regression(embedding)

@@ -39,7 +39,7 @@ def dot_product_attention(
 
     Example:
         >>> q = k = v = keras.random.normal((2, 5, 4, 8))
-        >>> dot_product_attention(q, k, v).shape
+        >>> tuple(dot_product_attention(q, k, v).shape)
         (2, 5, 4, 8)
     """
     scale = query.shape[-1] ** -0.5
@@ -87,7 +87,7 @@ class MultiHeadAttention(keras.layers.Layer):
     Example:
         >>> attention = MultiHeadAttention(num_heads=4, key_dim=8)
         >>> x = keras.random.normal((2, 5, 32))
-        >>> attention(x, x).shape
+        >>> tuple(attention(x, x).shape)
         (2, 5, 32)
     """
 

@@ -79,9 +79,13 @@ def train_model(
     )
     if done == settings.epochs:
         return
-    order = keras.callbacks.LambdaCallback(
-        on_epoch_begin=lambda epoch, logs: train.set_epoch(epoch)
-    )
+
+    def start_epoch(epoch: int, logs: dict | None = None) -> None:
+        train.set_epoch(epoch)
+        if keras.backend.backend() == "torch":  # its dropout has no state but the global one
+            keras.utils.set_random_seed(config["seed"] + epoch)
+
+    order = keras.callbacks.LambdaCallback(on_epoch_begin=start_epoch)
     examples = len(train.token_ids)
     with EpochProgress(console, settings.epochs, examples, record.history) as progress:
         model.fit(

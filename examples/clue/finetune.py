@@ -83,7 +83,7 @@ def train_model(
     def start_epoch(epoch: int, logs: dict | None = None) -> None:
         train.set_epoch(epoch)
         if keras.backend.backend() == "torch":  # its dropout has no state but the global one
-            keras.utils.set_random_seed(config["seed"] + epoch)
+            keras.utils.set_random_seed(train.seed + epoch)
 
     order = keras.callbacks.LambdaCallback(on_epoch_begin=start_epoch)
     examples = len(train.token_ids)

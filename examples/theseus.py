@@ -165,7 +165,7 @@ def subset(data: TaskData, examples: int) -> TaskData:
     """The first training examples of the file (it is not sorted), all of dev, no tests."""
     train = data.train
     train = dataclasses.replace(
-        train, texts=train.texts[:examples], classes=train.classes[:examples]
+        train, inputs=train.inputs[:examples], answers=train.answers[:examples]
     )
     return dataclasses.replace(data, train=train, tests={})
 

@@ -1,4 +1,4 @@
-"""A class for every text: pooled last layer, one dense softmax layer, accuracy.
+"""A class for every text or pair: pooled last layer, one dense softmax layer, accuracy.
 
 The head of the reference code, which takes [CLS] ("first"), has no pooler and no further
 dropout. Models give logits.
@@ -6,9 +6,31 @@ dropout. Models give logits.
 
 import keras
 import numpy as np
-from data import Split, TaskData
+from data import Rows, Split, TaskData
 from keras import ops
 from settings import Settings
+
+from keras_ext.text import WordPieceTokenizer
+
+# What decides which epoch is the best, of the figures that `score` gives.
+METRIC = "accuracy"
+
+# Logits have one shape for all batches and are kept as they are.
+decode = None
+
+
+def encode(
+    tokenizer: WordPieceTokenizer, split: Split, data: TaskData, settings: Settings
+) -> Rows:
+    """[CLS] text [SEP], or [CLS] text [SEP] pair [SEP]; one-hot labels."""
+    texts, pairs = split.inputs, None
+    if not isinstance(texts[0], str):
+        texts, pairs = zip(*texts, strict=True)
+    encodings = tokenizer.encode_batch(texts, pairs, max_length=settings.max_length)
+    targets = None
+    if split.answers is not None:
+        targets = np.eye(len(data.labels), dtype="float32")[split.answers]
+    return Rows([encoding.token_ids for encoding in encodings], targets)
 
 
 def build_model(
@@ -42,11 +64,6 @@ def pool(
     return ops.sum(hidden * weights, axis=1) / ops.sum(weights, axis=1)
 
 
-def targets(split: Split, data: TaskData) -> np.ndarray:
-    """One-hot labels (examples, classes), float32."""
-    return np.eye(len(data.labels), dtype="float32")[split.classes]
-
-
 def compile_arguments(settings: Settings) -> dict:
     """Loss and metrics over real rows only: padded ones have sample weight zero."""
     return {
@@ -64,18 +81,18 @@ def compile_arguments(settings: Settings) -> dict:
     }
 
 
-def score(logits: np.ndarray, split: Split) -> dict[str, float]:
-    """Loss and accuracy over the rows of a split; accuracy decides which epoch is best."""
+def score(logits: np.ndarray, split: Split, rows: Rows) -> dict[str, float]:
+    """Loss and accuracy over the rows of a split."""
     logits = logits.astype("float64")
     top = logits.max(axis=1, keepdims=True)
     log_sums = np.log(np.exp(logits - top).sum(axis=1)) + top[:, 0]
-    true = logits[np.arange(len(split)), split.classes]
+    true = logits[np.arange(len(split)), split.answers]
     return {
         "loss": float(np.mean(log_sums - true)),
-        "accuracy": float(np.mean(logits.argmax(axis=1) == split.classes)),
+        "accuracy": float(np.mean(logits.argmax(axis=1) == split.answers)),
     }
 
 
-def predictions(logits: np.ndarray, data: TaskData) -> list[str]:
+def predictions(logits: np.ndarray, split: Split, rows: Rows, data: TaskData) -> list[str]:
     """The label code of every row."""
     return [data.labels[index] for index in logits.argmax(axis=1)]

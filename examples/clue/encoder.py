@@ -61,7 +61,7 @@ def _from_scratch(
 ) -> tuple[WordPieceTokenizer, keras.Model]:
     if vocabulary is not None and not Path(vocabulary).is_file():
         raise FileNotFoundError(f"{vocabulary} is missing: give another --vocab, or none.")
-    tokens = vocabulary or build_vocabulary(data.train.texts, lowercase=lowercase is None)
+    tokens = vocabulary or build_vocabulary(data.train.texts(), lowercase=lowercase is None)
     tokenizer = WordPieceTokenizer(tokens, lowercase)
     sizes = {
         "vocab_size": len(tokenizer.vocabulary),

@@ -1,12 +1,14 @@
 """Train a task, keep the best epoch, write its submission files."""
 
 import importlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import encoder
 import keras
 import numpy as np
-from data import TaskData
+from data import Rows, TaskData
 from progress import EpochProgress
 from record import Record, weights_only
 from rich.console import Console
@@ -14,13 +16,20 @@ from run_directory import RunDirectory
 from schedule import WarmupDecay
 from settings import Settings
 
-from keras_ext.optimizers import AccumOptimizer
-from keras_ext.text import BucketedBatches, WordPieceTokenizer, choose_lengths
+from keras_ext.optimizers import (
+    AccumOptimizer,
+    ClipOptimizer,
+    EMAOptimizer,
+    RelativeAdafactor,
+)
+from keras_ext.text import BucketedBatches, choose_lengths, row_sizes
 from keras_ext.training import BatchWeightModel
 
 OPTIMIZERS = {
     "adamw": keras.optimizers.AdamW,
     "adafactor": keras.optimizers.Adafactor,
+    # Not factored, with momentum: as the reference code has it.
+    "relative_adafactor": partial(RelativeAdafactor, beta_1=0.9, min_dim_size_to_factor=10**6),
     "lamb": keras.optimizers.Lamb,
     "lion": keras.optimizers.Lion,
 }
@@ -28,8 +37,8 @@ OPTIMIZERS = {
 
 def finetune(
     task, config: dict[str, Any], settings: Settings, data: TaskData, run: RunDirectory
-) -> dict[str, Any]:
-    """Train, or go on training, and write all results; the figures of the best epoch.
+) -> None:
+    """Train, or go on training, and write all results.
 
     Args:
         task: the module of the task.
@@ -42,7 +51,8 @@ def finetune(
     head = importlib.import_module(task.HEAD)
     tokenizer, trunk = encoder.build(config, settings, data)
     run.create(tokenizer.vocabulary)
-    train, dev, *tests = make_batches(tokenizer, head, data, settings, config["seed"])
+    rows = [head.encode(tokenizer, split, data, settings) for split in data.splits]
+    train, dev, *tests = make_batches(rows, settings, config["seed"])
     inputs, outputs = head.build_model(trunk, data, settings)
     # Micro-batches weigh by their real rows: the last one of an epoch has fewer.
     model_class = keras.Model if settings.accum == 1 else BatchWeightModel
@@ -52,15 +62,18 @@ def finetune(
         jit_compile=resolve_jit(config["jit_compile"]),
         **head.compile_arguments(settings),
     )
-    record = Record(run, lambda model: head.score(predict(model, dev), data.dev))
+
+    def evaluate(model: keras.Model) -> dict[str, float]:
+        return head.score(predict(model, dev, head.decode), data.dev, rows[1])
+
+    record = Record(run, head.METRIC, evaluate, averaged=settings.ema > 0)
     train_model(model, train, settings, record)
     weights_only(model).load_weights(run / "best.weights.h5")
-    for (name, split), batches in zip(data.tests.items(), tests, strict=True):
-        labels = head.predictions(predict(model, batches), data)
-        lines = map(task.submission_line, split.ids, labels)
-        run.write_text(name, "".join(f"{line}\n" for line in lines))
-    run.write_json("result.json", record.best)
-    return record.best
+    for name, batches, row in zip(data.tests, tests, rows[2:], strict=True):
+        outputs = predict(model, batches, head.decode)
+        answers = head.predictions(outputs, data.tests[name], row, data)
+        run.write_text(name, task.FORMAT.write(data.tests[name], answers))
+    run.write_json("result.json", {"metric": head.METRIC, **record.best})
 
 
 def train_model(
@@ -87,7 +100,7 @@ def train_model(
 
     order = keras.callbacks.LambdaCallback(on_epoch_begin=start_epoch)
     examples = len(train.token_ids)
-    with EpochProgress(console, settings.epochs, examples, record.history) as progress:
+    with EpochProgress(console, settings.epochs, examples, record) as progress:
         model.fit(
             train,
             epochs=settings.epochs,
@@ -98,22 +111,16 @@ def train_model(
         )
 
 
-def make_batches(
-    tokenizer: WordPieceTokenizer, head, data: TaskData, settings: Settings, seed: int
-) -> list[BucketedBatches]:
+def make_batches(rows: list[Rows], settings: Settings, seed: int) -> list[BucketedBatches]:
     """Shuffled train, dev, and every test, all of the same few lengths."""
-    encoded = [
-        tokenizer.encode_batch(s.texts, max_length=settings.max_length) for s in data.splits
-    ]
-    token_ids = [[encoding.token_ids for encoding in split] for split in encoded]
-    lengths = choose_lengths([len(row) for split in token_ids for row in split])
+    lengths = choose_lengths([n for split in rows for n in row_sizes(split.token_ids)])
     common = {"batch_size": settings.batch_size, "lengths": lengths}
-    labels = head.targets(data.train, data)
-    train = BucketedBatches(token_ids[0], labels, seed=seed, **common)
-    return [train, *(BucketedBatches(rows, **common) for rows in token_ids[1:])]
+    train, *others = rows
+    train = BucketedBatches(train.token_ids, train.targets, seed=seed, **common)
+    return [train, *(BucketedBatches(split.token_ids, **common) for split in others)]
 
 
-def make_optimizer(settings: Settings, batches: int) -> AccumOptimizer:
+def make_optimizer(settings: Settings, batches: int) -> keras.optimizers.Optimizer:
     """The optimizer and schedule for `batches` batches an epoch."""
     updates = settings.epochs * batches // settings.accum
     rate = WarmupDecay(
@@ -124,15 +131,29 @@ def make_optimizer(settings: Settings, batches: int) -> AccumOptimizer:
     )
     optimizer = OPTIMIZERS[settings.optimizer](rate, weight_decay=settings.weight_decay or None)
     optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
+    if settings.clip:
+        optimizer = ClipOptimizer(optimizer, settings.clip)
+    if settings.ema:
+        optimizer = EMAOptimizer(optimizer, settings.ema)
     # Also for one batch an update: on TensorFlow it gives Adam the right gradient of tokens
     # that occur more than once. What is left over at the end is not used: the weights that
     # count were saved before.
     return AccumOptimizer(optimizer, settings.accum, remainder="drop")
 
 
-def predict(model: keras.Model, batches: BucketedBatches) -> np.ndarray:
-    """Outputs in the order of the file, without padded rows."""
-    return batches.restore(model.predict(batches, verbose=0))
+def predict(
+    model: keras.Model, batches: BucketedBatches, decode: Callable | None = None
+) -> np.ndarray | list:
+    """Outputs in the order of the file, without padded rows.
+
+    Args:
+        decode: outputs of a batch -> one object a row, where outputs are too large to be kept
+            or differ in shape by length.
+    """
+    if decode is None:
+        return batches.restore(model.predict(batches, verbose=0))
+    every = (batches[index][0] for index in range(len(batches)))
+    return batches.restore([row for x in every for row in decode(model.predict_on_batch(x))])
 
 
 def resolve_jit(choice: str) -> bool:

@@ -1,6 +1,7 @@
 """What a run shows: a bar that moves where there is a terminal, a line an epoch everywhere."""
 
 import keras
+from record import Record
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -18,19 +19,20 @@ class EpochProgress(keras.callbacks.Callback):
         console: where to print.
         epochs: number of epochs.
         examples: training examples of an epoch.
-        history: the list that gets the figures of every epoch before this callback runs.
+        record: what has the figures of every epoch before this callback runs.
     """
 
-    def __init__(self, console: Console, epochs: int, examples: int, history: list[dict]):
+    def __init__(self, console: Console, epochs: int, examples: int, record: Record):
         super().__init__()
         self.console, self.epochs, self.examples = console, epochs, examples
-        self.history = history
+        self.record = record
         self.bar = Progress(
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn(
-                "loss {task.fields[loss]:.3f}  best dev accuracy {task.fields[best]:.2%}"
+                "loss {task.fields[loss]:.3f}  "
+                f"best dev {record.metric} {{task.fields[best]:.2%}}"
             ),
             TimeRemainingColumn(),
             console=console,
@@ -55,11 +57,12 @@ class EpochProgress(keras.callbacks.Callback):
             self.bar.update(self.task, completed=batch + 1, loss=float(logs["crossentropy"]))
 
     def on_epoch_end(self, epoch, logs=None):
-        figures, best = self.history[-1], self._fields(epoch)["best"]
+        figures, metric = self.record.history[-1], self.record.metric
+        best = self._fields(epoch)["best"]
+        dev_loss = f"dev loss {figures['dev_loss']:.3f}  " if "dev_loss" in figures else ""
         self.console.print(
-            f"epoch {epoch + 1}/{self.epochs}  loss {figures['loss']:.3f}  "
-            f"dev loss {figures['dev_loss']:.3f}  "
-            f"dev accuracy {figures['dev_accuracy']:.2%} (best {best:.2%})  "
+            f"epoch {epoch + 1}/{self.epochs}  loss {figures['loss']:.3f}  {dev_loss}"
+            f"dev {metric} {figures[f'dev_{metric}']:.2%} (best {best:.2%})  "
             f"{figures['seconds']:.1f} s, {self.examples / figures['seconds']:,.0f} examples/s",
             highlight=False,
             soft_wrap=True,
@@ -67,5 +70,6 @@ class EpochProgress(keras.callbacks.Callback):
 
     def _fields(self, epoch: int) -> dict:
         nan = float("nan")
-        best = max((figures["dev_accuracy"] for figures in self.history), default=nan)
+        key = f"dev_{self.record.metric}"
+        best = max((figures[key] for figures in self.record.history), default=nan)
         return {"epoch": epoch + 1, "epochs": self.epochs, "loss": nan, "best": best}

@@ -6,11 +6,15 @@ writes whatever came after it again, with the same content.
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import keras
 import numpy as np
 from learning_curve import plot
 from run_directory import RunDirectory, replacing
+
+from keras_ext.training import EvaluateWithEMA
 
 
 class Record(keras.callbacks.Callback):
@@ -18,21 +22,24 @@ class Record(keras.callbacks.Callback):
 
     Args:
         run: the directory to write to.
-        evaluate: model -> figures on dev; the epoch of the highest "accuracy" is the best.
+        metric: the figure on dev whose highest value makes an epoch the best.
+        evaluate: model -> figures on dev.
+        averaged: whether the weights to score and keep are the averages of an `EMAOptimizer`.
 
     Attributes:
         history: one dict of figures an epoch; "epoch" counts from 1.
     """
 
-    def __init__(self, run: RunDirectory, evaluate):
+    def __init__(self, run: RunDirectory, metric: str, evaluate, averaged: bool = False):
         super().__init__()
-        self.run, self.evaluate = run, evaluate
+        self.averages = EvaluateWithEMA() if averaged else None
+        self.run, self.metric, self.evaluate = run, metric, evaluate
         self.history: list[dict] = []
 
     @property
     def best(self) -> dict:
         """The figures of the best epoch, the first one of equals."""
-        return max(self.history, key=lambda figures: figures["dev_accuracy"])
+        return max(self.history, key=lambda figures: figures[f"dev_{self.metric}"])
 
     def restore(self, model: keras.Model) -> None:
         """Continue from the state in the directory, if there is one."""
@@ -50,17 +57,32 @@ class Record(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         seconds = time.perf_counter() - self._started
         figures = {"epoch": epoch + 1, "seconds": round(seconds, 2)}
-        figures |= {"loss": logs["crossentropy"], "accuracy": logs["accuracy"]}
-        figures |= {f"dev_{name}": value for name, value in self.evaluate(self.model).items()}
-        self.history.append(figures)
-        if self.best["epoch"] == epoch + 1:
-            with replacing(self.run / "best.weights.h5") as partial:
-                weights_only(self.model).save_weights(partial)
+        figures |= {"loss": logs["crossentropy"]}
+        figures |= {name: logs[name] for name in (self.metric,) if name in logs}
+        with self._weights_that_count():
+            scores = self.evaluate(self.model)
+            figures |= {f"dev_{name}": value for name, value in scores.items()}
+            self.history.append(figures)
+            if self.best["epoch"] == epoch + 1:
+                with replacing(self.run / "best.weights.h5") as partial:
+                    weights_only(self.model).save_weights(partial)
         lines = [json.dumps(figures) for figures in self.history]
         self.run.write_text("metrics.jsonl", "\n".join(lines) + "\n")
         with replacing(self.run / "learning_curve.png") as partial:
-            plot(self.history, partial)
+            plot(self.history, self.metric, partial)
         self._save_state()
+
+    @contextmanager
+    def _weights_that_count(self) -> Iterator[None]:
+        if self.averages is None:
+            yield
+            return
+        self.averages.set_model(self.model)
+        self.averages.on_test_begin()
+        try:
+            yield
+        finally:
+            self.averages.on_test_end()
 
     def _save_state(self) -> None:
         arrays = [keras.ops.convert_to_numpy(variable) for variable in _variables(self.model)]

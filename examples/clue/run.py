@@ -58,14 +58,15 @@ def run_task(given: dict[str, Any]) -> None:
     data = task.load(Path(config["data"]))
     if Path(config["data"]) == SAMPLE / config["task"]:
         print(
-            f"no --data given: this is the bundled sample, {len(data.train)} sentences written "
+            f"no --data given: this is the bundled sample, {len(data.train)} examples written "
             "for this repository; its figures say nothing about CLUE"
         )
     select_backend(config["backend"])
     from finetune import finetune  # imports Keras, so only now that its backend is chosen
 
     settings = Settings(**{field.name: config[field.name] for field in fields(Settings)})
-    print(summary(finetune(task, config, settings, data, run)))
+    finetune(task, config, settings, data, run)
+    print(summary(run.result))
     print(f"files in {output}: {', '.join(sorted(file.name for file in output.iterdir()))}")
 
 
@@ -100,6 +101,8 @@ def make_config(given: dict[str, Any]) -> dict[str, Any]:
             f"--{scratch_only[0]} is for encoders from scratch: leave out that or --model"
         )
     start = "pretrained" if model else "scratch" if "data" in given else "sample"
+    if "data" not in given and not (SAMPLE / task).is_dir():
+        raise UserError(f"{task} has no bundled sample: give the official files by --data")
     defaults = {
         "data": str(SAMPLE / task),
         "model": None,
@@ -137,8 +140,9 @@ def select_backend(name: str) -> None:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The figures of the best epoch in words."""
-    return f"dev accuracy {result['dev_accuracy']:.2%} at epoch {result['epoch']}"
+    """The best epoch in words."""
+    metric = result["metric"]
+    return f"dev {metric} {result[f'dev_{metric}']:.2%} at epoch {result['epoch']}"
 
 
 def fail(status: int, message: str) -> int:

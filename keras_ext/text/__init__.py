@@ -1,6 +1,6 @@
 """Text to batches: tokenizers, vocabularies and length buckets."""
 
-from keras_ext.text.batches import BucketedBatches, choose_lengths
+from keras_ext.text.batches import BucketedBatches, choose_lengths, row_sizes
 from keras_ext.text.tokenizer import Encoding, WordPieceTokenizer
 from keras_ext.text.vocabulary import build_vocabulary
 
@@ -10,4 +10,5 @@ __all__ = [
     "WordPieceTokenizer",
     "build_vocabulary",
     "choose_lengths",
+    "row_sizes",
 ]

@@ -41,12 +41,14 @@ class BucketedBatches(keras.utils.PyDataset):
 
     `token_ids` and `segment_ids` are int32 of (batch_size, L), padded with 0;
     `sample_weight` is float32 of (batch_size,), 1 for rows and 0 for filling. Without
-    labels a batch is `((token_ids, segment_ids),)`.
+    labels a batch is `((token_ids, segment_ids),)`. Where a row is several texts, such as the
+    choices of a question, they are (batch_size, texts, L), L that of the longest text.
 
     Args:
-        token_ids: one sequence of ids per row, each of at least one id.
+        token_ids: one sequence of ids per row, each of at least one id; or a list of as many
+            such sequences for every row.
         labels: array of (rows, ...), or None.
-        segment_ids: one sequence per row, as long as that of `token_ids`. Default: zeros,
+        segment_ids: sequences as long as those of `token_ids`. Default: zeros,
             also for pairs, as RoBERTa-style checkpoints were trained and the reference
             code of CLUE has it.
         batch_size: rows in every batch. Default: 32.
@@ -114,25 +116,26 @@ class BucketedBatches(keras.utils.PyDataset):
             return ((tokens, segments),)
         return (tokens, segments), self.labels[rows], weight
 
-    def restore(self, outputs: np.ndarray) -> np.ndarray:
+    def restore(self, outputs: np.ndarray | list) -> np.ndarray | list:
         """Bring `model.predict(batches)` into the order of the rows, without the filling.
 
         Args:
-            outputs: array of (len(batches) * batch_size, ...).
+            outputs: array of (len(batches) * batch_size, ...), or a list of as many objects.
 
         Returns:
-            Array of (rows, ...).
+            Array of (rows, ...), or a list.
         """
         if len(outputs) != len(self) * self.batch_size:
             raise ValueError(
                 f"outputs must have {len(self) * self.batch_size} rows, those of "
                 f"predict(batches), got {len(outputs)}."
             )
-        restored = np.empty((len(self.token_ids), *outputs.shape[1:]), outputs.dtype)
+        places = np.empty(len(self.token_ids), int)
         for index, (_, rows) in enumerate(self._plan):
-            start = index * self.batch_size
-            restored[rows] = outputs[start : start + len(rows)]
-        return restored
+            places[rows] = index * self.batch_size + np.arange(len(rows))
+        if isinstance(outputs, list):
+            return [outputs[place] for place in places]
+        return outputs[places]
 
     def _make_plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         """(bucket length, indices of at most batch_size rows) for every batch."""
@@ -151,10 +154,22 @@ class BucketedBatches(keras.utils.PyDataset):
         return _differ_in_length(plan)
 
     def _pad(self, sequences, rows: np.ndarray, length: int) -> np.ndarray:
-        padded = np.zeros((len(rows), length), "int32")
-        for line, row in enumerate(rows):
-            padded[line, : len(sequences[row])] = sequences[row]
-        return padded
+        texts = [text for row in rows for text in _texts(sequences[row])]
+        padded = np.zeros((len(texts), length), "int32")
+        for line, text in enumerate(texts):
+            padded[line, : len(text)] = text
+        several = _is_nested(sequences[rows[0]])
+        return padded.reshape(len(rows), -1, length) if several else padded
+
+
+def row_sizes(token_ids: Sequence) -> list[int]:
+    """The length of every row, which is that of its longest text.
+
+    Example:
+        >>> row_sizes([[2, 5, 3], [2, 3]]), row_sizes([[[2, 5, 3], [2, 3]]])
+        ([3, 2], [3])
+    """
+    return [max(map(len, _texts(row)), default=0) for row in token_ids]
 
 
 def choose_lengths(sizes: Sequence[int]) -> list[int]:
@@ -185,15 +200,32 @@ def choose_lengths(sizes: Sequence[int]) -> list[int]:
 
 def _check_rows(token_ids, segment_ids, labels) -> np.ndarray:
     """The length of every row; raises if rows are missing, empty or do not match."""
-    sizes = np.array([len(row) for row in token_ids])
-    if not sizes.size or not sizes.all():
-        where = f"row {int(sizes.argmin())} has none" if sizes.size else "there are no rows"
+    shapes = [[len(text) for text in _texts(row)] for row in token_ids]
+    empty = [index for index, lengths in enumerate(shapes) if not lengths or not all(lengths)]
+    if empty or not shapes:
+        where = f"row {empty[0]} has none" if empty else "there are no rows"
         raise ValueError(f"token_ids must have at least one id in every row: {where}.")
-    if segment_ids is not None and [len(row) for row in segment_ids] != sizes.tolist():
+    uneven = [index for index, lengths in enumerate(shapes) if len(lengths) != len(shapes[0])]
+    if uneven:
+        raise ValueError(
+            f"token_ids must have as many texts in every row: row 0 has {len(shapes[0])}, row "
+            f"{uneven[0]} has {len(shapes[uneven[0]])}. Fill up with texts of one token."
+        )
+    if segment_ids is not None and shapes != [
+        [len(text) for text in _texts(row)] for row in segment_ids
+    ]:
         raise ValueError("segment_ids must have the same lengths as token_ids, row by row.")
-    if labels is not None and len(labels) != len(sizes):
-        raise ValueError(f"labels has {len(labels)} rows and token_ids {len(sizes)}.")
-    return sizes
+    if labels is not None and len(labels) != len(shapes):
+        raise ValueError(f"labels has {len(labels)} rows and token_ids {len(shapes)}.")
+    return np.array([max(lengths) for lengths in shapes])
+
+
+def _is_nested(row: Sequence) -> bool:
+    return len(row) > 0 and isinstance(row[0], Sequence | np.ndarray)
+
+
+def _texts(row: Sequence) -> Sequence[Sequence[int]]:
+    return row if _is_nested(row) else [row]
 
 
 def _differ_in_length(plan: list) -> list:

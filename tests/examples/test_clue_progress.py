@@ -1,4 +1,5 @@
 import io
+from types import SimpleNamespace
 
 import pytest
 from progress import EpochProgress
@@ -10,8 +11,9 @@ FIGURES = {"loss": 1.0, "dev_loss": 1.1, "dev_accuracy": 0.5, "seconds": 2.0}
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_bar_on_a_terminal_and_a_line_an_epoch_everywhere(terminal):
     screen, history = io.StringIO(), []
+    record = SimpleNamespace(history=history, metric="accuracy")
     console = Console(file=screen, force_terminal=terminal, width=120)
-    with EpochProgress(console, epochs=2, examples=10, history=history) as progress:
+    with EpochProgress(console, epochs=2, examples=10, record=record) as progress:
         progress.set_params({"steps": 3})
         for epoch in range(2):
             progress.on_epoch_begin(epoch)

@@ -81,8 +81,22 @@ def test_restore_brings_rows_into_their_order(data):
     dataset = BucketedBatches(data[0], batch_size=8)
     outputs = np.concatenate([tokens[:, :1] for ((tokens, _),) in batches_of(dataset)])
     assert dataset.restore(outputs)[:, 0].tolist() == [row[0] for row in data[0]]
+    assert dataset.restore([int(row[0]) for row in outputs]) == [row[0] for row in data[0]]
     with pytest.raises(ValueError, match="must have 48 rows"):
         dataset.restore(outputs[1:])
+
+
+def test_rows_of_several_texts():
+    choices = [[[7] * 3, [8] * 9], [[5], [6] * 2], [[4] * 8, [3]]]
+    dataset = BucketedBatches(choices, np.arange(3), batch_size=2)
+    assert dataset.lengths == [8, 16]
+    for index, (length, rows) in enumerate(dataset._plan):
+        (tokens, segments), targets, _ = dataset[index]
+        assert tokens.shape == segments.shape == (2, 2, length)
+        for line, row in enumerate(rows):
+            assert targets[line] == row
+            for text, ids in zip(tokens[line], choices[row], strict=True):
+                assert text.tolist() == ids + [0] * (length - len(ids))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -167,6 +181,8 @@ def test_fit_runs_through_all_lengths_and_epochs(data):
     [
         ({"token_ids": []}, "there are no rows"),
         ({"token_ids": [[1], []]}, "row 1 has none"),
+        ({"token_ids": [[[1], []]]}, "row 0 has none"),
+        ({"token_ids": [[[1], [2]], [[3]]]}, "row 0 has 2, row 1 has 1"),
         ({"token_ids": [[1, 2]], "segment_ids": [[0]]}, "same lengths"),
         ({"token_ids": [[1]], "labels": [1, 2]}, "labels has 2 rows and token_ids 1"),
         ({"token_ids": [[1] * 9], "lengths": [8]}, "reach 8, but a row has 9"),

@@ -7,11 +7,11 @@ int "id" and no label. 69.0 % of dev are "0". Metric: accuracy. Submission:
 
 from pathlib import Path
 
-from data import TaskData, read_task
+from data import TaskData, is_label, read_task
 from submission import LINES
 
 HEAD = "classification"
-FORMAT = LINES
+FORMAT, is_answer = LINES, is_label
 TESTS = {"afqmc_predict.json": "test.json"}
 
 LABELS = ["0", "1"]

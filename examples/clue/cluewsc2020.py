@@ -10,11 +10,11 @@ points. Metric: accuracy. Submission: {"id": "0", "label": "true"} a line.
 
 from pathlib import Path
 
-from data import TaskData, read_task
+from data import TaskData, is_label, read_task
 from submission import LINES
 
 HEAD = "classification"
-FORMAT = LINES
+FORMAT, is_answer = LINES, is_label
 TESTS = {"cluewsc10_predict.json": "test1.0.json", "cluewsc11_predict.json": "test.json"}
 
 LABELS = ["false", "true"]

@@ -9,11 +9,11 @@ out (185 of dev). Test lines have an int "id" and no label. Metric: accuracy. Su
 from pathlib import Path
 
 from afqmc import pair
-from data import TaskData, read_task
+from data import TaskData, is_label, read_task
 from submission import LINES
 
 HEAD = "classification"
-FORMAT = LINES
+FORMAT, is_answer = LINES, is_label
 TESTS = {"cmnli_predict.json": "test.json"}
 
 LABELS = ["entailment", "neutral", "contradiction"]

@@ -8,11 +8,11 @@ Abstracts have 280 characters on average. Metric: accuracy, half of dev is "1". 
 
 from pathlib import Path
 
-from data import TaskData, read_task
+from data import TaskData, is_label, read_task
 from submission import LINES
 
 HEAD = "classification"
-FORMAT = LINES
+FORMAT, is_answer = LINES, is_label
 TESTS = {"csl_predict.json": "test.json"}
 
 LABELS = ["0", "1"]

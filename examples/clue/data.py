@@ -99,6 +99,11 @@ def read_task(
     )
 
 
+def is_label(answer: Any, inputs: Any, data: TaskData) -> bool:
+    """Whether an answer of a submission is a label of the task."""
+    return answer in data.labels
+
+
 def label_codes(path: Path, example: Mapping[str, Any]) -> list[str]:
     """The codes of a labels.json, in its order."""
     labels = [entry["label"] for entry in read_lines(path, example)]

@@ -47,6 +47,7 @@ def finetune(
         data: the files of the task.
         run: the directory to write to, which may hold a state to continue from.
     """
+    keras.utils.clear_session()  # one process may run several tasks
     keras.utils.set_random_seed(config["seed"])
     head = importlib.import_module(task.HEAD)
     tokenizer, trunk = encoder.build(config, settings, data)

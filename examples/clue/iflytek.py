@@ -8,11 +8,11 @@ on average, of which the reference code reads 126. Metric: accuracy. Submission:
 
 from pathlib import Path
 
-from data import TaskData, label_codes, read_task
+from data import TaskData, is_label, label_codes, read_task
 from submission import LINES
 
 HEAD = "classification"
-FORMAT = LINES
+FORMAT, is_answer = LINES, is_label
 TESTS = {"iflytek_predict.json": "test.json"}
 
 LABEL_LINE = {"label": "18", "label_des": "电子产品"}

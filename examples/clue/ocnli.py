@@ -9,11 +9,11 @@ from pathlib import Path
 
 from afqmc import pair
 from cmnli import LABELS, LINE
-from data import TaskData, read_task
+from data import TaskData, is_label, read_task
 from submission import LINES
 
 HEAD = "classification"
-FORMAT = LINES
+FORMAT, is_answer = LINES, is_label
 TESTS = {"ocnli_50k_predict.json": "test.json"}
 
 

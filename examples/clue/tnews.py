@@ -8,12 +8,12 @@ the reference code. Metric: accuracy. Submission: {"id": "0", "label": "102"} a 
 
 from pathlib import Path
 
-from data import TaskData, label_codes, read_task
+from data import TaskData, is_label, label_codes, read_task
 from submission import LINES
 
-# The module that builds the head and scores it, and the format of submissions.
+# The module that builds the head and scores it, the format of submissions, what they may say.
 HEAD = "classification"
-FORMAT = LINES
+FORMAT, is_answer = LINES, is_label
 
 # Submission file -> test file: version 1.0 and 1.1 of the leaderboard.
 TESTS = {"tnews10_predict.json": "test1.0.json", "tnews11_predict.json": "test.json"}

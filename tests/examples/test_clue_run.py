@@ -122,7 +122,8 @@ def test_other_directories_are_not_touched(finished_run, command, tmp_path, caps
 def test_default_directory_is_that_of_the_configuration():
     def output(*flags):
         given = vars(run.make_parser().parse_args(["tnews", *flags]))
-        given.pop("resume")
+        for name in ("resume", "runs", "download", "mirror"):
+            given.pop(name)
         return run.default_output(run.make_config(given))
 
     assert output() == output() == output("--seed", "0")

@@ -108,5 +108,5 @@ def read_config(path: Path) -> dict[str, Any] | None:
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
-    keys = [key for key in here if there.get(key) != here[key]]
-    return ", ".join(f"{key} {there.get(key)} there, {here[key]} here" for key in keys)
+    keys = [key for key in {**here, **there} if there.get(key) != here.get(key)]
+    return ", ".join(f"{key} {there.get(key)} there, {here.get(key)} here" for key in keys)

@@ -1,12 +1,16 @@
 import json
+import shutil
 import signal
 import time
+import zipfile
 
 import numpy as np
 import pytest
+import report
 import run
+import submit
 import tnews
-from clue_files import LABELS, TINY, start
+from clue_files import LABELS, TINY, sentences, start, write_lines
 
 FILES = [
     "best.weights.h5",
@@ -98,6 +102,9 @@ def test_resumed_run_ends_as_the_undisturbed_one(killed_run, finished_run, comma
         (["tnews", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["tnews", "--dropout", "1.5"], "dropout must be in [0, 1), got 1.5"),
         (["tnews", "--resume", "--output", "out"], "holds no run to resume"),
+        (["afqmc"], "afqmc has no bundled sample: give the official files by --data"),
+        (["all"], "all needs --data"),
+        (["all", "--data", "."], ". lacks afqmc, tnews, iflytek"),
     ],
 )
 def test_bad_calls_say_so_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
@@ -142,17 +149,74 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path):
     assert (tmp_path / "state.npz").read_text() == "old"
 
 
-def test_every_option_trains(tiny_tnews, tmp_path, monkeypatch):
-    """Accumulation, [CLS], label smoothing, another schedule, optimizer and vocabulary."""
+def test_every_option_trains_pairs_with_several_seeds(tmp_path, monkeypatch, capsys):
+    """Accumulation, clipping, averages, [CLS], smoothing, schedule, optimizer, vocabulary."""
     vocabulary = tmp_path / "vocab.txt"
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"花草股市游戏，好"]))
-    flags = ["--accum", "2", "--pooling", "first", "--label-smoothing", "0.1"]
-    flags += ["--schedule", "cosine", "--optimizer", "lamb", "--vocab", str(vocabulary)]
-    flags += [*TINY, "--epochs", "1"]
+    data = tmp_path / "afqmc"
+    data.mkdir()
+    pairs = [
+        {"sentence1": one["sentence"], "sentence2": two["sentence"], "label": str(index % 2)}
+        for index, (one, two) in enumerate(
+            zip(sentences(20, seed=0), sentences(20, seed=1), strict=True)
+        )
+    ]
+    write_lines(data / "train.json", pairs)
+    write_lines(data / "dev.json", pairs[:9])
+    write_lines(data / "test.json", [{**p, "id": n} for n, p in enumerate(pairs[:3])])
+    flags = ["--accum", "2", "--clip", "1", "--ema", "0.9", "--pooling", "first"]
+    flags += ["--label-smoothing", "0.1", "--schedule", "cosine", "--vocab", str(vocabulary)]
+    flags += ["--optimizer", "relative_adafactor", *TINY, "--epochs", "1", "--runs", "2"]
     monkeypatch.chdir(tmp_path)
-    assert run.main(["tnews", "--data", str(tiny_tnews), *flags]) == 0
-    (directory,) = (tmp_path / "runs").iterdir()
-    assert names(directory) == FILES
+    command = ["afqmc", "--data", str(data), *flags]
+    assert run.main(command) == 0
+    assert "over 2 seeds" in capsys.readouterr().out
+    directories = list((tmp_path / "runs").iterdir())
+    assert len(directories) == 2
+    files = [*(name for name in FILES if "predict" not in name), "afqmc_predict.json"]
+    assert all(names(directory) == sorted(files) for directory in directories)
+    shutil.rmtree(directories[0])
+    assert run.main([*command, "--resume"]) == 0  # runs what is not there, leaves the other
+    assert capsys.readouterr().out.count("holds this run, finished") == 1
+    assert run.main([*command, "--runs", "0"]) == 2
+
+
+def test_a_submission_is_packed_only_if_all_is_well(finished_run, tmp_path, capsys):
+    output = tmp_path / "submit.zip"
+    assert submit.main([str(finished_run), "--output", str(output)]) == 0
+    with zipfile.ZipFile(output) as archive:
+        names = ["tnews10_predict.json", "tnews11_predict.json"]
+        assert archive.namelist() == names
+        assert all(archive.read(x) == (finished_run / x).read_bytes() for x in names)
+    output.unlink()
+    assert submit.main([str(finished_run)] * 2 + ["--output", str(output)]) == 2
+    assert "both have tnews10_predict.json" in capsys.readouterr().err
+    broken = shutil.copytree(finished_run, tmp_path / "broken")
+    lines = (broken / names[0]).read_text().splitlines()
+    (broken / names[0]).write_text("\n".join(lines[1:]))
+    assert submit.main([str(broken), "--output", str(output)]) == 2
+    assert "tnews10_predict.json: 10 answers to 11 examples" in capsys.readouterr().err
+    (broken / "result.json").unlink()
+    assert submit.main([str(broken), "--output", str(output)]) == 2
+    assert "is not the directory of a finished run" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_report_has_mean_and_deviation_beside_published_scores(finished_run, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    for seed, accuracy in ((0, 0.5), (1, 0.52)):
+        run = shutil.copytree(finished_run, runs / f"seed-{seed}")
+        result = {**json.loads((run / "result.json").read_text()), "dev_accuracy": accuracy}
+        (run / "result.json").write_text(json.dumps(result))
+    assert report.main([str(runs), "--output", str(tmp_path / "report")]) == 0
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    column = lines[0].split(" | ").index("tnews")
+    cells = {line.split(" | ")[0]: line.split(" | ")[column] for line in (lines[0], *lines[2:])}
+    assert cells["| from scratch, 1x16"] == "51.00 ± 1.41 (2 runs)"
+    assert cells["| ALBERT-tiny"] == "53.55"
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert report.main([str(tmp_path / "nothing")]) == 2
+    assert "holds no finished run" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -1,17 +1,35 @@
 """Keras layers; each file holds the function on tensors first, then the layer."""
 
 from keras_ext.layers.attention.multi_head import MultiHeadAttention, dot_product_attention
+from keras_ext.layers.attention.positions import rotary_embedding
 from keras_ext.layers.bias import Bias
 from keras_ext.layers.cosine import CosineDense, cosine_scores
+from keras_ext.layers.crf import (
+    CRF,
+    crf_decode,
+    crf_log_partition,
+    crf_marginals,
+    crf_negative_log_likelihood,
+    crf_path_score,
+)
 from keras_ext.layers.embeddings import PositionEmbedding, SegmentEmbedding, TokenEmbedding
+from keras_ext.layers.global_pointer import (
+    EfficientGlobalPointer,
+    GlobalPointer,
+    mask_spans,
+    span_scores,
+)
 from keras_ext.layers.gradient_stop import GradientReversal, gradient_only
 from keras_ext.layers.theseus import TheseusModule
 from keras_ext.layers.transformer import FeedForward, TransformerBlock, gelu_tanh
 
 __all__ = [
+    "CRF",
     "Bias",
     "CosineDense",
+    "EfficientGlobalPointer",
     "FeedForward",
+    "GlobalPointer",
     "GradientReversal",
     "MultiHeadAttention",
     "PositionEmbedding",
@@ -20,7 +38,15 @@ __all__ = [
     "TokenEmbedding",
     "TransformerBlock",
     "cosine_scores",
+    "crf_decode",
+    "crf_log_partition",
+    "crf_marginals",
+    "crf_negative_log_likelihood",
+    "crf_path_score",
     "dot_product_attention",
     "gelu_tanh",
     "gradient_only",
+    "mask_spans",
+    "rotary_embedding",
+    "span_scores",
 ]

@@ -11,6 +11,11 @@ from keras_ext.losses.margin_softmax import (
     SimpleASoftmax,
     margin_softmax_loss,
 )
+from keras_ext.losses.multilabel import (
+    MultilabelCrossentropy,
+    multilabel_crossentropy,
+    sparse_multilabel_crossentropy,
+)
 
 __all__ = [
     "GANQP",
@@ -20,10 +25,13 @@ __all__ = [
     "CombinedMargin",
     "CosineSoftmax",
     "Hinge",
+    "MultilabelCrossentropy",
     "NonSaturating",
     "Relativistic",
     "SimpleASoftmax",
     "Wasserstein",
     "adaptive_margin",
     "margin_softmax_loss",
+    "multilabel_crossentropy",
+    "sparse_multilabel_crossentropy",
 ]

@@ -36,6 +36,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_ext.losses.margins import (
@@ -363,11 +364,13 @@ def _target_and_others(labels: Any, cosines: Any, scale: float) -> Any:
     Automatic differentiation would keep the exponentials and the masked logits, both of the
     size of the cosines. This gradient computes them again.
     """
-    classes = ops.arange(cosines.shape[-1], dtype=labels.dtype)
-    labels = ops.expand_dims(labels, -1)
+    # An argument with a gradient, so a float: JAX refuses what a function to differentiate
+    # closes over.
+    labels = ops.expand_dims(ops.cast(labels, cosines.dtype), -1)
+    classes = np.arange(cosines.shape[-1], dtype=keras.backend.standardize_dtype(cosines.dtype))
 
     @ops.custom_gradient
-    def parts(cosines):
+    def parts(cosines, labels):
         def others():  # finite: a single class has no others, and log 0 no gradient
             return ops.where(ops.equal(labels, classes), -1e30, scale * cosines)
 
@@ -375,9 +378,10 @@ def _target_and_others(labels: Any, cosines: Any, scale: float) -> Any:
             upstream = args[0] if upstream is None else upstream
             by_target, by_others = upstream[..., :1], upstream[..., 1:]
             by_cosine = scale * by_others * ops.softmax(others(), axis=-1)
-            return ops.where(ops.equal(labels, classes), by_target, by_cosine)
+            by_cosine = ops.where(ops.equal(labels, classes), by_target, by_cosine)
+            return by_cosine, ops.zeros_like(labels)
 
         target = ops.sum(ops.where(ops.equal(labels, classes), cosines, 0), axis=-1)
         return ops.stack([target, ops.logsumexp(others(), axis=-1)], axis=-1), gradient
 
-    return parts(cosines)
+    return parts(cosines, labels)

@@ -16,6 +16,7 @@ RNG = np.random.default_rng(0)
 FEATURES = RNG.normal(size=(BATCH, WIDTH)).astype("float32")
 CLASS_NUMBERS = RNG.integers(0, CLASSES, BATCH).astype("int32")
 SCORES = RNG.uniform(-1, 1, (BATCH, CLASSES)).astype("float32")  # cosines, for instance
+MULTI_HOT = RNG.integers(0, 2, (BATCH, CLASSES)).astype("float32")
 
 
 class Row(NamedTuple):
@@ -32,6 +33,7 @@ ROWS = [
     Row(losses.ArcFace, CLASS_NUMBERS, SCORES),
     Row(losses.CombinedMargin, CLASS_NUMBERS, SCORES),
     Row(losses.CosineSoftmax, CLASS_NUMBERS, SCORES),
+    Row(losses.MultilabelCrossentropy, MULTI_HOT, SCORES),
     Row(losses.SimpleASoftmax, CLASS_NUMBERS, SCORES),
 ]
 

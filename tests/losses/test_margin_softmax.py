@@ -120,6 +120,19 @@ def test_gradients_are_finite_at_the_ends(case):
     assert (np.abs(result).max(axis=1) > 1e-3).all()
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="JAX alone refuses closures under its jit"
+)
+def test_a_compiled_loss_has_the_gradient_of_an_eager_one():
+    import jax
+
+    def loss(cosines, labels):
+        return AMSoftmax()(labels, cosines)
+
+    result = jax.grad(jax.jit(loss))(COSINES, LABELS)
+    np.testing.assert_allclose(result, jax.grad(loss)(COSINES, LABELS), atol=1e-7)
+
+
 def test_gradients_can_be_differentiated_again():
     # As a gradient penalty does, through the gradients that the layer and the loss define.
     random = np.random.default_rng(6)

@@ -9,7 +9,7 @@ root = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (root / "keras_ext/__init__.py").read_text())[1]
 
 nlp = ["tokenizers", "safetensors", "huggingface_hub"]
-clue = [*nlp, "matplotlib", "rich", "scikit-learn", "seqeval"]
+clue = [*nlp, "matplotlib", "nltk", "rich", "scikit-learn", "scipy", "seqeval"]
 notebooks = ["ipykernel", "jupytext", "nbclient"]
 
 setup(

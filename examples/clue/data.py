@@ -118,6 +118,16 @@ def read_lines(path: Path, example: Mapping[str, Any]) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is missing, empty or not UTF-8, or a line does not fit.
     """
+    lines = enumerate(read_text(path).rstrip().split("\n"), start=1)
+    return [_parse(line, path, number, example) for number, line in lines]
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        UserError: the file is missing, empty or not UTF-8.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
@@ -131,8 +141,21 @@ def read_lines(path: Path, example: Mapping[str, Any]) -> list[dict[str, Any]]:
         ) from None
     if not text.strip():
         raise UserError(f"{path} is empty: unpack the official archive again.")
-    lines = enumerate(text.rstrip().split("\n"), start=1)
-    return [_parse(line, path, number, example) for number, line in lines]
+    return text
+
+
+def read_json(path: Path) -> Any:
+    """The content of a file that is one JSON document.
+
+    Raises:
+        UserError: as `read_text`, or the text is no JSON.
+    """
+    try:
+        return _loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is no JSON ({error}): unpack the official archive again."
+        ) from None
 
 
 def _labelled(path: Path, labels: list[str], line, inputs, drop: tuple[str, ...]) -> Split:
@@ -181,8 +204,8 @@ def _texts(inputs: Any) -> Iterator[str]:
 
 def _parse(line: str, path: Path, number: int, example: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        entry = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
+        entry = _loads(line)
+    except (ValueError, RecursionError):
         entry = None
     if not fits(entry, example):
         raise UserError(
@@ -191,6 +214,13 @@ def _parse(line: str, path: Path, number: int, example: Mapping[str, Any]) -> di
             "correct the line or unpack the official archive again."
         )
     return entry
+
+
+def _loads(text: str) -> Any:
+    value = json.loads(text)
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    return value
 
 
 def fits(value: Any, example: Any) -> bool:

@@ -49,10 +49,10 @@ def finetune(
     """
     keras.utils.clear_session()  # one process may run several tasks
     keras.utils.set_random_seed(config["seed"])
-    head = importlib.import_module(task.HEAD)
+    head = importlib.import_module(task.HEAD.format(head=settings.head))
     tokenizer, trunk = encoder.build(config, settings, data)
-    run.create(tokenizer.vocabulary)
     rows = [head.encode(tokenizer, split, data, settings) for split in data.splits]
+    run.create(tokenizer.vocabulary)
     train, dev, *tests = make_batches(rows, settings, config["seed"])
     inputs, outputs = head.build_model(trunk, data, settings)
     # Micro-batches weigh by their real rows: the last one of an epoch has fewer.

@@ -62,6 +62,11 @@ def crf_path_score(
     Args:
         tags: integers (batch, length) below the number of tags; any value at padding.
         emissions, transitions, start, end, mask: as for `crf_log_partition`.
+
+    Example:
+        >>> move, none = np.array([[0.0, 2.0], [0.0, 0.0]]), np.zeros(2)
+        >>> float(crf_path_score(np.ones((1, 2, 2)), np.array([[0, 1]]), move, none, none)[0])
+        4.0
     """
     potentials = _standardize(emissions, transitions, start, end, mask)
     return ops.sum(_step_scores(tags, *potentials), axis=1)
@@ -70,7 +75,15 @@ def crf_path_score(
 def crf_negative_log_likelihood(
     emissions: Any, tags: Any, transitions: Any, start: Any, end: Any, mask: Any = None
 ) -> Any:
-    """log Z - s(y) = -log p(y) of the path `tags`, (batch,); arguments as `crf_path_score`."""
+    """log Z - s(y) = -log p(y) of the path `tags`, (batch,); arguments as `crf_path_score`.
+
+    Example:
+        >>> tags, none = np.array([[0, 1]]), np.zeros(2)
+        >>> loss = crf_negative_log_likelihood(
+        ...     np.zeros((1, 2, 2)), tags, np.zeros((2, 2)), none, none)
+        >>> round(float(loss[0]), 4)  # log 2²
+        1.3863
+    """
     emissions, *others = _standardize(emissions, transitions, start, end, mask)
     steps = _step_scores(tags, emissions, *others)
     return _log_partition(emissions - ops.expand_dims(steps, -1), *others)
@@ -80,6 +93,12 @@ def crf_decode(emissions: Any, transitions: Any, start: Any, end: Any, mask: Any
     """The path of the highest score (Viterbi), int32 (batch, length).
 
     Tags are 0 where nothing is kept. Arguments as for `crf_log_partition`.
+
+    Example:
+        >>> emissions, stay = np.array([[[1.0, 0.0], [0.0, 0.5]]]), 3 * np.eye(2)
+        >>> tags = crf_decode(emissions, stay, np.zeros(2), np.zeros(2))
+        >>> keras.ops.convert_to_numpy(tags).tolist()
+        [[0, 0]]
     """
     arguments = _standardize(emissions, transitions, start, end, mask)
     emissions, transitions, kind = map(ops.stop_gradient, arguments)
@@ -104,6 +123,11 @@ def crf_marginals(
     """p(y_t = j), (batch, length, tags): the gradient of log Z with respect to the emissions.
 
     Zeros where nothing is kept. Arguments as for `crf_log_partition`.
+
+    Example:
+        >>> p = crf_marginals(np.zeros((1, 3, 2)), np.zeros((2, 2)), np.zeros(2), np.zeros(2))
+        >>> float(p[0, 1, 0])
+        0.5
     """
 
     def total(emissions):
@@ -197,7 +221,8 @@ class CRF(keras.layers.Layer):
 
         It takes y_true, integers (batch, length), the outputs of the layer, and one sample
         weight for each sequence. y_true may be anything at padding; positions where it is
-        negative are left out as well.
+        negative are left out as well. It is no metric: on JAX those have no access to the
+        weights of the model while it is trained.
         """
         return CRFLoss(self, reduction, name)
 

@@ -207,11 +207,16 @@ def test_saved_state_resumes(row, problem, tmp_path):
     whole = model_of(problem)
     fit(whole, problem, optimizer=row.make())
     model = model_of(problem)
-    first, second = slice(0, ROWS // 2), slice(ROWS // 2, ROWS)
-    fit(model, problem, first, optimizer=row.make())
-    model.save(tmp_path / "model.keras")
+    # Saved within `fit`, after one step: inside of every cycle.
+    save = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: batch or model.save(tmp_path / "model.keras")
+    )
+    model.compile(row.make(), loss="mse")
+    model.fit(
+        problem.x, problem.y, batch_size=BATCH, shuffle=False, verbose=0, callbacks=[save]
+    )
     resumed = keras.saving.load_model(tmp_path / "model.keras")
-    fit(resumed, problem, second)
+    fit(resumed, problem, slice(BATCH, ROWS))
     for a, b in zip(whole.get_weights(), resumed.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
 

@@ -191,7 +191,7 @@ def test_schedule_counts_updates():
     np.testing.assert_allclose(ops.convert_to_numpy(variable), -(1 + 1 / 2 + 1 / 3), rtol=1e-6)
 
 
-@pytest.mark.parametrize("every", [None, 2])
+@pytest.mark.parametrize("every", [2])
 def test_moving_average_equals_that_of_large_batches(every):
     problem = Regression(embedding=True)
     results = []

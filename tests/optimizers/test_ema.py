@@ -1,12 +1,10 @@
 """EMAOptimizer: the average is the weighted mean of all weights so far, real updates only."""
 
-import warnings
-
 import keras
 import numpy as np
 import pytest
 from keras import ops
-from optimizers.test_accumulation import StopAfter, build, distance, fit, weights_of
+from optimizers.test_accumulation import build, distance, fit, weights_of
 from reference import optimizers as numpy_optimizers
 from reference.problems import Regression
 
@@ -269,29 +267,6 @@ def test_assign_averages():
     model.evaluate(problem.x, problem.y, verbose=0)
     model.fit(problem.x, problem.y, batch_size=8, shuffle=False, verbose=0)
     assert all(np.isfinite(a).all() for a in averages_of(optimizer))
-
-
-def test_saved_and_resumed_bit_for_bit(tmp_path):
-    problem = Regression(embedding=True)
-
-    def make():
-        return EMAOptimizer(AccumOptimizer(keras.optimizers.Adam(LR), 2), 0.9)
-
-    whole = build(problem)
-    fit(whole, problem, make(), 4)
-    model = build(problem)
-    model.compile(make(), loss="mse")
-    path = tmp_path / "mid.keras"
-    arguments = {"batch_size": 4, "shuffle": False, "verbose": 0}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the remainder
-        model.fit(problem.x, problem.y, callbacks=[StopAfter(5, path)], **arguments)
-    resumed = keras.saving.load_model(path)
-    resumed.fit(problem.x[20:], problem.y[20:], **arguments)
-    for a, b in zip(whole.get_weights(), resumed.get_weights(), strict=True):
-        np.testing.assert_array_equal(a, b)
-    for a, b in zip(whole.optimizer.variables, resumed.optimizer.variables, strict=True):
-        np.testing.assert_array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
 
 
 def test_state_is_one_float32_copy():

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from optimizers.test_accumulation import StopAfter, build, distance, fit, weights_of
+from optimizers.test_accumulation import build, distance, fit, weights_of
 from reference import optimizers as numpy_optimizers
 from reference.problems import Regression
 
@@ -326,28 +326,6 @@ def test_counts_its_own_updates():
 
 
 # --- state
-
-
-def test_saved_inside_a_period_it_resumes_bit_for_bit(tmp_path):
-    problem = Regression(embedding=True)
-
-    def make():
-        return LookaheadOptimizer(keras.optimizers.Adam(LR), 4, 0.5)
-
-    whole = build(problem)
-    fit(whole, problem, make(), 8)
-    model = build(problem)
-    model.compile(make(), loss="mse")
-    path = tmp_path / "mid.keras"
-    arguments = {"batch_size": 8, "shuffle": False, "verbose": 0}
-    model.fit(problem.x, problem.y, callbacks=[StopAfter(2, path)], **arguments)
-    resumed = keras.saving.load_model(path)
-    assert int(resumed.optimizer.cycle_step) == 2
-    resumed.fit(problem.x[16:], problem.y[16:], **arguments)
-    for a, b in zip(whole.get_weights(), resumed.get_weights(), strict=True):
-        np.testing.assert_array_equal(a, b)
-    for a, b in zip(whole.optimizer.variables, resumed.optimizer.variables, strict=True):
-        np.testing.assert_array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
 
 
 def test_state_is_one_float32_copy():

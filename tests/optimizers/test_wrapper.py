@@ -7,7 +7,6 @@ from keras import ops
 from optimizers.test_accumulation import (
     BACKEND,
     LR,
-    StopAfter,
     build,
     distance,
     fit,
@@ -223,23 +222,6 @@ def test_gradients_that_require_gradients_leave_no_graph():
 
 
 # --- saving
-
-
-def test_saved_in_mid_cycle_it_resumes_bit_for_bit(tmp_path):
-    problem = problem_with_absent_tokens()
-    make = WRAPPERS["layer_adaptive"][0]
-    whole, model = build(problem), build(problem)
-    fit(whole, problem, AccumOptimizer(make(adamw()), 2, remainder="drop"), 4)
-    model.compile(AccumOptimizer(make(adamw()), 2, remainder="drop"), loss="mse")
-    path = tmp_path / "mid.keras"
-    fit_args = {"batch_size": 4, "shuffle": False, "verbose": 0}
-    with pytest.warns(UserWarning, match="1 of 2"):
-        model.fit(problem.x, problem.y, callbacks=[StopAfter(5, path)], **fit_args)
-    resumed = keras.saving.load_model(path)
-    assert type(resumed.optimizer.inner_optimizer) is type(make(adamw()))
-    resumed.fit(problem.x[20:], problem.y[20:], **fit_args)
-    for a, b in zip(whole.get_weights(), resumed.get_weights(), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 @each_wrapper

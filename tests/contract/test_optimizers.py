@@ -4,6 +4,7 @@ The reference is float64 NumPy, so TensorFlow, JAX and PyTorch agree with each o
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import keras
@@ -173,6 +174,16 @@ def fit(model: keras.Model, problem: Regression, rows: slice = slice(None), **co
     return model.get_weights()
 
 
+class SaveFirstStep(keras.callbacks.Callback):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        if batch == 0:
+            self.model.save(self.path)  # by `self.model`, which on JAX is up to date
+
+
 def distance(a: list[np.ndarray], b: list[np.ndarray]) -> float:
     return max(np.abs(x.astype("float64") - y).max() for x, y in zip(a, b, strict=True))
 
@@ -208,9 +219,7 @@ def test_saved_state_resumes(row, problem, tmp_path):
     fit(whole, problem, optimizer=row.make())
     model = model_of(problem)
     # Saved within `fit`, after one step: inside of every cycle.
-    save = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs: batch or model.save(tmp_path / "model.keras")
-    )
+    save = SaveFirstStep(tmp_path / "model.keras")
     model.compile(row.make(), loss="mse")
     model.fit(
         problem.x, problem.y, batch_size=BATCH, shuffle=False, verbose=0, callbacks=[save]

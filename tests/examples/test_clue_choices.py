@@ -374,6 +374,7 @@ def test_counts_of_the_official_files(shared, capsys):
 # From the files to the submission
 
 
+@pytest.mark.thorough
 def test_a_run_of_c3(c3_files, tmp_path):
     output = tmp_path / "run"
     command = ["c3", "--data", str(c3_files), *TINY, "--max-length", "24"]
@@ -391,6 +392,7 @@ def test_a_run_of_c3(c3_files, tmp_path):
     assert submit.main([str(output), "--output", str(tmp_path / "submit.zip")]) == 0
 
 
+@pytest.mark.thorough
 def test_a_run_of_chid(chid_files, tmp_path):
     output = tmp_path / "run"
     command = ["chid", "--data", str(chid_files), *TINY, "--max-length", "16"]

@@ -229,6 +229,7 @@ def tiny(tmp_path_factory):
     return directory
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("head", ["global_pointer", "crf"])
 def test_end_to_end(tiny, tmp_path, head, capsys):
     flags = ["--head", head, "--backend", keras.backend.backend(), *TINY, "--epochs", "1"]

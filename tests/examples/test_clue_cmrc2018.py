@@ -331,6 +331,7 @@ def test_f1_equals_the_official_script():
         assert f1_score(one, [other]) == pytest.approx(expected)
 
 
+@pytest.mark.thorough
 def test_from_the_files_to_the_predictions(directory, tmp_path, capsys):
     output = tmp_path / "run"
     flags = ["--layers", "1", "--hidden", "16", "--epochs", "1", "--batch-size", "8"]

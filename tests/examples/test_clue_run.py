@@ -149,6 +149,7 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path):
     assert (tmp_path / "state.npz").read_text() == "old"
 
 
+@pytest.mark.thorough
 def test_every_option_trains_pairs_with_several_seeds(tmp_path, monkeypatch, capsys):
     """Accumulation, clipping, averages, [CLS], smoothing, schedule, optimizer, vocabulary."""
     vocabulary = tmp_path / "vocab.txt"
@@ -243,6 +244,7 @@ def pretrained(tmp_path):
     return directory
 
 
+@pytest.mark.thorough
 def test_pretrained_model(pretrained, tiny_tnews, tmp_path, capsys):
     command = ["tnews", "--data", str(tiny_tnews), "--model", str(pretrained), "--epochs", "1"]
     output = tmp_path / "run"

@@ -54,6 +54,7 @@ def test_mirrored_strategy_applies_the_remainder(mirrored):
         np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.thorough
 @tensorflow_only
 def test_mirrored_strategy_inside_a_loss_scale(mirrored):
     problem = Regression(embedding=False)

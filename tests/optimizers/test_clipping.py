@@ -696,6 +696,7 @@ def test_config_round_trip(kind):
 # --- two devices
 
 
+@pytest.mark.thorough
 @tensorflow_only
 @pytest.mark.parametrize("kind", ["adaptive"])  # the contract has "hard"
 def test_mirrored_strategy(mirrored, kind):
@@ -715,6 +716,7 @@ def test_mirrored_strategy(mirrored, kind):
         np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.thorough
 @tensorflow_only
 @pytest.mark.parametrize("order", ["around", "loss scale"])
 def test_mirrored_strategy_with_other_wrappers(mirrored, order):

@@ -90,6 +90,7 @@ def test_nesting_equals_numpy(problem, nesting):
     assert distance(weights_from(variables), expected(problem, nesting)) < 5e-6
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("nesting", COMPLETE[::8], ids="-".join)
 def test_nesting_in_a_compiled_fit(problem, nesting):
     model = build(problem)

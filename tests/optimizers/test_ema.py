@@ -301,6 +301,7 @@ def test_a_failing_fit_shows_its_own_error():
 # --- two devices
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MirroredStrategy is TensorFlow's")
 def test_mirrored_strategy(mirrored):
     problem = Regression(embedding=True)

@@ -604,6 +604,7 @@ def make_for_devices(mode):
     return LowRankOptimizer(inside, 1, mode=mode, seed=6, update_gap=gap)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MirroredStrategy is TensorFlow's")
 @pytest.mark.parametrize("mode", ["galore"])  # the contract has "additive"
 def test_mirrored_strategy(mirrored, mode):

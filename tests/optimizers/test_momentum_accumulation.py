@@ -458,6 +458,7 @@ def test_tiger_knows_its_variables():
     np.testing.assert_allclose(rows, [[0.1 * np.sqrt(25 / 2)] * 2, [0, 0]], rtol=1e-6)
 
 
+@pytest.mark.thorough
 @two_optimizers
 def test_inside_a_loss_scale_optimizer(name):
     problem = Regression(embedding=True)
@@ -529,6 +530,7 @@ def test_cycles_of_cycles():
     assert distance(actual, expected) < 1e-6
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MirroredStrategy is TensorFlow's")
 @pytest.mark.parametrize(
     ("name", "around"), [("adamw", Passing), ("tiger", keras.optimizers.LossScaleOptimizer)]

@@ -265,6 +265,7 @@ def test_what_follows_the_weights_is_refused_inside():
 # --- two devices
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MirroredStrategy is TensorFlow's")
 @pytest.mark.parametrize(
     ("name", "nesting"),

@@ -214,6 +214,7 @@ def fitted(path, jit_compile):
     return [loss, *after]
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not JIT, reason="compilation by PyTorch needs minutes")
 def test_xla_trains_what_the_graph_does(tmp_path):
     equal(*(fitted(tmp_path / "model.keras", jit_compile=jit) for jit in (False, True)))

@@ -35,5 +35,6 @@ def start(*arguments):
     it is set before the first operation of a process.
     """
     environment = {**os.environ, "PYTHONPATH": str(CLUE.parents[1])}
+    environment.pop("TF_DETERMINISTIC_OPS", None)  # run.py sets it
     command = [sys.executable, str(CLUE / "run.py"), *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)

@@ -21,8 +21,6 @@ if keras.backend.backend() == "tensorflow":
     tf.config.set_logical_device_configuration(
         cpu, [tf.config.LogicalDeviceConfiguration()] * 2
     )
-    # Replicas wait for each other in these threads: with one per core they can starve.
-    tf.config.threading.set_inter_op_parallelism_threads(8)
 
 ROOT = Path(__file__).resolve().parent
 

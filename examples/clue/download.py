@@ -8,17 +8,22 @@ import hashlib
 import os
 import shutil
 import tempfile
-import urllib.error
 import urllib.request
 import zipfile
+import zlib
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
+from urllib.error import HTTPError, URLError
 
 from errors import UserError
 
 MIRROR = "https://storage.googleapis.com/cluebenchmark/tasks"
 TIMEOUT = 30  # seconds without a byte
 PIECE = 1 << 20  # bytes
+
+# What the contents of an archive can raise; RuntimeError: encrypted, or packed as never seen.
+BROKEN = (ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class Archive(NamedTuple):
@@ -68,14 +73,14 @@ def download(task: str, directory: Path, mirror: str = MIRROR) -> None:
     by_hand = f"download it by other means and unpack it into {directory}, or give a --mirror"
     try:
         _fetch(address, partial)
-    except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
+    except (URLError, HTTPException, TimeoutError, ConnectionError, ValueError) as error:
         raise UserError(
             f"{address}: {error}: try again, which goes on where it stopped; or {by_hand}"
         ) from None
     try:
         _verify(partial, archive)
         _unpack(partial, directory)
-    except (ValueError, zipfile.BadZipFile) as error:
+    except BROKEN as error:
         partial.unlink()
         raise UserError(f"{address}: {error}: {by_hand}") from None
     partial.unlink()
@@ -89,7 +94,7 @@ def _fetch(address: str, partial: Path) -> None:
     )
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
+    except HTTPError as error:
         if error.code != 416:  # nothing after what is there: it is complete
             raise
         return
@@ -121,22 +126,20 @@ def _unpack(file: Path, directory: Path) -> None:
     ):
         for member in archive.infolist():
             parts = PurePosixPath(member.filename.replace("\\", "/")).parts
-            if member.is_dir() or parts[0] == "__MACOSX":
+            if member.is_dir() or not parts or parts[0] == "__MACOSX":
                 continue
             if ".." in parts or member.filename.startswith("/") or ":" in parts[0]:
                 raise ValueError(f"has a file outside of itself, {member.filename!r}")
-            path = Path(folder, *parts)
+            path = Path(folder, "files", *parts)
             path.parent.mkdir(parents=True, exist_ok=True)
             with archive.open(member) as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target)
-        root = Path(folder)
+        root = Path(folder, "files")
+        root.mkdir(exist_ok=True)
         while len(entries := list(root.iterdir())) == 1 and entries[0].is_dir():
             root = entries[0]
         if not any(root.iterdir()):
             raise ValueError("is empty")
-        unpacked = Path(folder, "..", f"partial-{directory.name}").resolve()
-        shutil.rmtree(unpacked, ignore_errors=True)
-        shutil.move(root, unpacked)
         if directory.is_dir():
             directory.rmdir()  # it is empty
-        os.replace(unpacked, directory)
+        os.replace(root, directory)

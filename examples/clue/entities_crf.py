@@ -16,7 +16,7 @@ from keras import ops
 from mean_loss import MeanLoss
 from settings import Settings
 
-from keras_ext.layers.crf import CRF, crf_decode, crf_negative_log_likelihood
+from keras_ext.layers import CRF, crf_decode, crf_negative_log_likelihood
 from keras_ext.text import WordPieceTokenizer, choose_lengths
 
 METRIC, score, predictions = entities.METRIC, entities.score, entities.predictions

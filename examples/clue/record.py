@@ -57,8 +57,9 @@ class Record(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         seconds = time.perf_counter() - self._started
         figures = {"epoch": epoch + 1, "seconds": round(seconds, 2)}
-        figures |= {"loss": logs["crossentropy"]}
-        figures |= {name: logs[name] for name in (self.metric,) if name in logs}
+        figures["loss"] = logs["crossentropy"]
+        if self.metric in logs:
+            figures[self.metric] = logs[self.metric]
         with self._weights_that_count():
             scores = self.evaluate(self.model)
             figures |= {f"dev_{name}": value for name, value in scores.items()}

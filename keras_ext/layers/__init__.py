@@ -4,14 +4,7 @@ from keras_ext.layers.attention.multi_head import MultiHeadAttention, dot_produc
 from keras_ext.layers.attention.positions import rotary_embedding
 from keras_ext.layers.bias import Bias
 from keras_ext.layers.cosine import CosineDense, cosine_scores
-from keras_ext.layers.crf import (
-    CRF,
-    crf_decode,
-    crf_log_partition,
-    crf_marginals,
-    crf_negative_log_likelihood,
-    crf_path_score,
-)
+from keras_ext.layers.crf import CRF
 from keras_ext.layers.embeddings import PositionEmbedding, SegmentEmbedding, TokenEmbedding
 from keras_ext.layers.global_pointer import (
     EfficientGlobalPointer,
@@ -20,6 +13,13 @@ from keras_ext.layers.global_pointer import (
     span_scores,
 )
 from keras_ext.layers.gradient_stop import GradientReversal, gradient_only
+from keras_ext.layers.linear_chain import (
+    crf_decode,
+    crf_log_partition,
+    crf_marginals,
+    crf_negative_log_likelihood,
+    crf_path_score,
+)
 from keras_ext.layers.theseus import TheseusModule
 from keras_ext.layers.transformer import FeedForward, TransformerBlock, gelu_tanh
 

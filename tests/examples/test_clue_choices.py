@@ -374,12 +374,19 @@ def test_counts_of_the_official_files(shared, capsys):
 # From the files to the submission
 
 
-@pytest.mark.thorough
-def test_a_run_of_c3(c3_files, tmp_path):
+def finished(task, files, max_length, tmp_path):
+    """The directory of a run, whose submission is accepted."""
     output = tmp_path / "run"
-    command = ["c3", "--data", str(c3_files), *TINY, "--max-length", "24"]
+    command = [task, "--data", str(files), *TINY, "--max-length", str(max_length)]
     backend = ["--backend", keras.backend.backend()]
     assert run.main([*command, *backend, "--output", str(output)]) == 0
+    assert submit.main([str(output), "--output", str(tmp_path / "submit.zip")]) == 0
+    return output
+
+
+@pytest.mark.thorough
+def test_a_run_of_c3(c3_files, tmp_path):
+    output = finished("c3", c3_files, 24, tmp_path)
     for name, file in c3.TESTS.items():
         lines = [json.loads(line) for line in (output / name).read_text().splitlines()]
         tests = [
@@ -389,15 +396,11 @@ def test_a_run_of_c3(c3_files, tmp_path):
         for line, part in zip(lines, tests, strict=True):
             assert list(line) == ["id", "label"]
             assert line["label"] in map(str, range(len(part["choice"])))
-    assert submit.main([str(output), "--output", str(tmp_path / "submit.zip")]) == 0
 
 
 @pytest.mark.thorough
 def test_a_run_of_chid(chid_files, tmp_path):
-    output = tmp_path / "run"
-    command = ["chid", "--data", str(chid_files), *TINY, "--max-length", "16"]
-    backend = ["--backend", keras.backend.backend()]
-    assert run.main([*command, *backend, "--output", str(output)]) == 0
+    output = finished("chid", chid_files, 16, tmp_path)
     for name, file in chid.TESTS.items():
         answers = json.loads((output / name).read_text())
         lines = (chid_files / file).read_text(encoding="utf-8").splitlines()
@@ -411,4 +414,3 @@ def test_a_run_of_chid(chid_files, tmp_path):
             assert len({answers[id_] for id_ in line}) == len(line)
     result = json.loads((output / "result.json").read_text())
     assert {"dev_accuracy", "dev_accuracy_argmax"} <= result.keys()
-    assert submit.main([str(output), "--output", str(tmp_path / "submit.zip")]) == 0

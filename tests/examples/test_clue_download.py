@@ -96,6 +96,22 @@ def test_a_broken_download_goes_on(mirror, server, tmp_path, monkeypatch, ranges
     assert files(tmp_path) == ["afqmc", "afqmc/b", "afqmc/train.json"]
 
 
+def test_files_without_a_folder_around_them(mirror, tmp_path, monkeypatch):
+    monkeypatch.setattr(Server, "content", packed(**{"train.json": "{}", "a/b": ""}))
+    monkeypatch.setitem(download.ARCHIVES, "afqmc", download.Archive("afqmc_public.zip"))
+    download.download("afqmc", tmp_path / "afqmc", mirror)
+    assert files(tmp_path) == ["afqmc", "afqmc/a", "afqmc/a/b", "afqmc/train.json"]
+
+
+@pytest.mark.parametrize("content", [b"no archive", packed(b="1" * 99)[:60], packed()])
+def test_broken_archives_are_thrown_away(mirror, tmp_path, monkeypatch, content):
+    monkeypatch.setattr(Server, "content", content)
+    monkeypatch.setitem(download.ARCHIVES, "afqmc", download.Archive("afqmc_public.zip"))
+    with pytest.raises(UserError, match="download it by other means"):
+        download.download("afqmc", tmp_path / "afqmc", mirror)
+    assert files(tmp_path) == []
+
+
 def test_a_complete_download_that_was_not_unpacked(mirror, tmp_path):
     (tmp_path / "partial-afqmc_public.zip").write_bytes(Server.content)
     download.download("afqmc", tmp_path / "afqmc", mirror)

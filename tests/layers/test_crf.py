@@ -5,19 +5,15 @@ from itertools import pairwise, product
 import keras
 import numpy as np
 import pytest
+from compiled import compiled
 from keras import ops
 
 from keras_ext.backend import value_and_grad
-from keras_ext.layers import crf as functions
+from keras_ext.layers import linear_chain as functions
 from keras_ext.layers.crf import CRF
 
 JIT = keras.backend.backend() != "torch"  # there it means torch.compile, which needs minutes
 COMPILED = {"tensorflow": (False, True), "jax": (True,), "torch": (False,)}
-
-
-def compiled(function):
-    """On JAX every loop is compiled anyway, and this way once for all tests."""
-    return __import__("jax").jit(function) if keras.backend.backend() == "jax" else function
 
 
 crf_decode = compiled(functions.crf_decode)

@@ -10,6 +10,7 @@ version = re.search(r'__version__ = "(.+)"', (root / "keras_ext/__init__.py").re
 
 nlp = ["tokenizers", "safetensors", "huggingface_hub"]
 clue = [*nlp, "matplotlib", "nltk", "rich", "scikit-learn", "scipy", "seqeval"]
+pretraining = [*clue, "jieba"]
 notebooks = ["ipykernel", "jupytext", "nbclient"]
 
 setup(
@@ -30,7 +31,8 @@ setup(
         "jax": ["jax"],
         "nlp": nlp,
         "clue": clue,
-        "test": [*clue, *notebooks, "optax", "pytest", "pytest-xdist", "ruff"],
+        "pretraining": pretraining,
+        "test": [*pretraining, *notebooks, "optax", "pytest", "pytest-xdist", "ruff"],
     },
     classifiers=[
         "Intended Audience :: Developers",

@@ -80,14 +80,15 @@ def experiment(
     keras.utils.set_random_seed(seed)
     scratch = {"model": None, "vocab": None, "cased": False}
     tokenizer, trunk = encoder.build(scratch, settings, data)
-    batches, dev = finetune.make_batches(tokenizer, classification, data, settings, seed)
+    rows = [classification.encode(tokenizer, part, data, settings) for part in data.splits]
+    batches, dev = finetune.make_batches(rows, settings, seed)
 
     def result(name: str, model: keras.Model, seconds: float) -> tuple:
         logits = finetune.predict(model, dev)
         return (
             name,
             model.count_params(),
-            classification.score(logits, data.dev)["accuracy"],
+            classification.score(logits, data.dev, rows[1])["accuracy"],
             seconds,
         )
 

@@ -33,6 +33,22 @@ def build(
         raise UserError(" ".join(str(error).split())) from error
 
 
+def small_bert(
+    tokens: int, layers: int, hidden: int, positions: int, dropout: float
+) -> dict[str, Any]:
+    """The configuration of a BERT with the proportions of the published ones."""
+    return {
+        "vocab_size": tokens,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, hidden // HEAD_SIZE),
+        "intermediate_size": 4 * hidden,
+        "max_position_embeddings": positions,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+    }
+
+
 def _pretrained(
     directory: Path, lowercase: bool | None, settings: Settings
 ) -> tuple[WordPieceTokenizer, keras.Model]:
@@ -63,16 +79,13 @@ def _from_scratch(
         raise FileNotFoundError(f"{vocabulary} is missing: give another --vocab, or none.")
     tokens = vocabulary or build_vocabulary(data.train.texts(), lowercase=lowercase is None)
     tokenizer = WordPieceTokenizer(tokens, lowercase)
-    sizes = {
-        "vocab_size": len(tokenizer.vocabulary),
-        "hidden_size": settings.hidden,
-        "num_hidden_layers": settings.layers,
-        "num_attention_heads": max(1, settings.hidden // HEAD_SIZE),
-        "intermediate_size": 4 * settings.hidden,
-        "max_position_embeddings": settings.max_length,
-        "hidden_dropout_prob": settings.dropout,
-        "attention_probs_dropout_prob": settings.dropout,
-    }
+    sizes = small_bert(
+        len(tokenizer.vocabulary),
+        settings.layers,
+        settings.hidden,
+        positions=settings.max_length,
+        dropout=settings.dropout,
+    )
     return tokenizer, build_transformer_model(sizes)
 
 

@@ -3,8 +3,10 @@
 import importlib
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import compression
 import encoder
 import keras
 import numpy as np
@@ -12,7 +14,7 @@ from data import Rows, TaskData
 from progress import EpochProgress
 from record import Record, weights_only
 from rich.console import Console
-from run_directory import RunDirectory
+from run_directory import RunDirectory, replacing
 from schedule import WarmupDecay
 from settings import Settings
 
@@ -54,22 +56,28 @@ def finetune(
     rows = [head.encode(tokenizer, split, data, settings) for split in data.splits]
     run.create(tokenizer.vocabulary)
     train, dev, *tests = make_batches(rows, settings, config["seed"])
-    inputs, outputs = head.build_model(trunk, data, settings)
-    # Micro-batches weigh by their real rows: the last one of an epoch has fewer.
-    model_class = keras.Model if settings.accum == 1 else BatchWeightModel
-    model = model_class(inputs, outputs, name=task.__name__)
-    model.compile(
-        make_optimizer(settings, batches=len(train)),
-        jit_compile=resolve_jit(config["jit_compile"]),
-        **head.compile_arguments(settings),
-    )
+    jit_compile = resolve_jit(config["jit_compile"])
+    if config["theseus"]:
+        teacher = Path(config["theseus"])
+        trunk, inputs, outputs = compression.training_model(
+            trunk, head, data, settings, teacher, jit_compile
+        )
+    else:
+        inputs, outputs = head.build_model(trunk, data, settings)
+    model = compiled_model(inputs, outputs, head, settings, len(train), jit_compile)
 
     def evaluate(model: keras.Model) -> dict[str, float]:
         return head.score(predict(model, dev, head.decode), data.dev, rows[1])
 
     record = Record(run, head.METRIC, evaluate, averaged=settings.ema > 0)
-    train_model(model, train, settings, record)
+    updates = settings.epochs * len(train) // settings.accum
+    replacement = [compression.schedule(updates)] if config["theseus"] else []
+    train_model(model, train, settings, record, *replacement)
     weights_only(model).load_weights(run / "best.weights.h5")
+    if config["theseus"]:
+        small = compression.successor(model, trunk, head, data, settings)
+        with replacing(run / "successor.weights.h5") as partial:
+            small.save_weights(partial)
     for name, batches, row in zip(data.tests, tests, rows[2:], strict=True):
         outputs = predict(model, batches, head.decode)
         answers = head.predictions(outputs, data.tests[name], row, data)
@@ -77,8 +85,32 @@ def finetune(
     run.write_json("result.json", {"metric": head.METRIC, **record.best})
 
 
+def compiled_model(
+    inputs: list,
+    outputs: keras.KerasTensor,
+    head,
+    settings: Settings,
+    batches: int,
+    jit_compile: bool,
+) -> keras.Model:
+    """The model as it is trained, in `batches` batches an epoch."""
+    # Micro-batches weigh by their real rows: the last one of an epoch has fewer.
+    model_class = keras.Model if settings.accum == 1 else BatchWeightModel
+    model = model_class(inputs, outputs)
+    model.compile(
+        make_optimizer(settings, batches),
+        jit_compile=jit_compile,
+        **head.compile_arguments(settings),
+    )
+    return model
+
+
 def train_model(
-    model: keras.Model, train: BucketedBatches, settings: Settings, record: Record
+    model: keras.Model,
+    train: BucketedBatches,
+    settings: Settings,
+    record: Record,
+    *callbacks: keras.callbacks.Callback,
 ) -> None:
     """`fit`, from where the record's state stands."""
     model.optimizer.build(model.trainable_variables)
@@ -108,13 +140,15 @@ def train_model(
             initial_epoch=done,
             shuffle=False,  # the batches come shuffled, by seed and epoch
             verbose=0,
-            callbacks=[order, record, progress],
+            callbacks=[order, *callbacks, record, progress],
         )
 
 
 def make_batches(rows: list[Rows], settings: Settings, seed: int) -> list[BucketedBatches]:
     """Shuffled train, dev, and every test, all of the same few lengths."""
     lengths = choose_lengths([n for split in rows for n in row_sizes(split.token_ids)])
+    # Rounded up, the last one may be longer than the model's positions.
+    lengths = [min(length, settings.max_length) for length in lengths]
     common = {"batch_size": settings.batch_size, "lengths": lengths}
     train, *others = rows
     train = BucketedBatches(train.token_ids, train.targets, seed=seed, **common)

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import keras
-import numpy as np
 from learning_curve import plot
 from run_directory import RunDirectory, replacing
+from state import load_state, save_state
 
 from keras_ext.training import EvaluateWithEMA
 
@@ -43,13 +43,7 @@ class Record(keras.callbacks.Callback):
 
     def restore(self, model: keras.Model) -> None:
         """Continue from the state in the directory, if there is one."""
-        if not (self.run / "state.npz").exists():
-            return
-        with np.load(self.run / "state.npz") as state:
-            self.history = json.loads(str(state["history"]))
-            arrays = [state[name] for name in state.files if name != "history"]
-        for variable, array in zip(_variables(model), arrays, strict=True):
-            variable.assign(array)
+        self.history = load_state(self.run / "state.npz", model)
 
     def on_epoch_begin(self, epoch, logs=None):
         self._started = time.perf_counter()
@@ -71,7 +65,7 @@ class Record(keras.callbacks.Callback):
         self.run.write_text("metrics.jsonl", "\n".join(lines) + "\n")
         with replacing(self.run / "learning_curve.png") as partial:
             plot(self.history, self.metric, partial)
-        self._save_state()
+        save_state(self.run / "state.npz", self.model, self.history)
 
     @contextmanager
     def _weights_that_count(self) -> Iterator[None]:
@@ -85,20 +79,7 @@ class Record(keras.callbacks.Callback):
         finally:
             self.averages.on_test_end()
 
-    def _save_state(self) -> None:
-        arrays = [keras.ops.convert_to_numpy(variable) for variable in _variables(self.model)]
-        with replacing(self.run / "state.npz") as partial:
-            np.savez(partial, *arrays, history=np.array(json.dumps(self.history)))
-
 
 def weights_only(model: keras.Model) -> keras.Model:
     """The same layers as a plain model; of a compiled one Keras saves the optimizer as well."""
     return keras.Model(model.inputs, model.output)
-
-
-def _variables(model: keras.Model) -> list[keras.Variable]:
-    """Weights, the states of the dropout seeds, and the optimizer's slots and counters.
-
-    Keras's own weight files hold no seed states.
-    """
-    return [*model.variables, *model.optimizer.variables]

@@ -7,7 +7,6 @@ with several seeds, a column a task; dev scores in percent. Exit status: 0 done,
 run found.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -15,11 +14,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from command_line import Parser, exit_status
 from errors import UserError
 from matplotlib.figure import Figure
 from published import DEV
 from published import TASKS as PUBLISHED_TASKS
-from run import Parser, fail
 from run_directory import read_config, replacing
 from settings import TASKS
 
@@ -28,10 +27,11 @@ Row = dict[str, list[float]]  # task -> scores in percent, one a seed
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
     parser.add_argument("--output", type=Path, default=Path("report"), help="without a suffix")
-    try:
+
+    def work() -> None:
         arguments = parser.parse_args(argv)
         ours = collect(arguments.folder)
         if not ours:
@@ -50,11 +50,8 @@ def main(argv: list[str] | None = None) -> int:
             partial.write_text(text + "\n", encoding="utf-8")
         with replacing(arguments.output.with_suffix(".png")) as partial:
             plot(rows, partial)
-    except UserError as error:
-        return fail(2, f"{error}")
-    except OSError as error:
-        return fail(1, f"{error}")
-    return 0
+
+    return exit_status(work, resumable=False)
 
 
 def collect(folder: Path) -> dict[str, Row]:
@@ -71,9 +68,10 @@ def collect(folder: Path) -> dict[str, Row]:
 
 def model_name(config: dict[str, Any]) -> str:
     """What a run is compared by: the pretrained model, or the size from scratch."""
+    name = f"from scratch, {config['layers']}x{config['hidden']}"
     if config["model"] is not None:
-        return Path(config["model"]).name
-    return f"from scratch, {config['layers']}x{config['hidden']}"
+        name = Path(config["model"]).name
+    return f"{name}, half of its blocks" if config["theseus"] else name
 
 
 def table(rows: dict[str, Row]) -> str:

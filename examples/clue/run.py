@@ -9,41 +9,35 @@ Exit status: 0 done, 1 the machine failed (full disk), 2 a mistake in the call o
 """
 
 import argparse
-import hashlib
 import importlib
-import json
 import os
 import statistics
 import sys
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from command_line import Parser, exit_status
+from configuration import SAMPLE, absolute, default_output, make_config
 from download import MIRROR, download
 from errors import UserError
+from memory import keep_freed
 from run_directory import RunDirectory, read_config
-from settings import TASKS, Settings, add_flags, resolve
+from settings import TASKS, Settings, add_flags
 
-SAMPLE = Path(__file__).resolve().parent / "sample"
 BACKENDS = ("tensorflow", "jax", "torch")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    try:
+
+    def work() -> None:
         given = vars(make_parser().parse_args(argv))
         fetch(given)
         for one_task in tasks(given):
             run_seeds(one_task, several=given["task"] == "all")
-    except UserError as error:
-        return fail(2, f"{error}")
-    except ImportError as error:
-        return fail(2, f"{error}: pip install 'keras-ext[clue]' and the backend")
-    except OSError as error:
-        return fail(1, f"{error}: when that is mended, the same command with --resume goes on")
-    except KeyboardInterrupt:
-        return fail(130, "interrupted: the same command with --resume goes on")
-    return 0
+
+    return exit_status(work)
 
 
 def fetch(given: dict[str, Any]) -> None:
@@ -138,17 +132,14 @@ def run_task(given: dict[str, Any], several: bool = False) -> dict[str, Any]:
 
 def make_parser() -> argparse.ArgumentParser:
     """One flag for what a run reads and writes each, and one for every setting."""
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
+    parser = Parser(__doc__, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add("task", choices=(*TASKS, "all"))
     add("--data", help="directory of the official files, or of all (default: a bundled sample)")
     add("--download", action="store_true", default=False, help="fetch what --data lacks")
     add("--mirror", default=MIRROR, help="where from (default: %(default)s)")
     add("--model", help="directory of a pretrained BERT: configuration, vocabulary, checkpoint")
+    add("--theseus", metavar="RUN", help="compress the model of a finished run to half of it")
     add("--vocab", help="vocabulary from scratch (default: made from the training texts)")
     add("--cased", action="store_true", help="keep case and accents of a vocab.txt")
     add("--output", type=Path, help="run directory (default: runs/TASK-HASH OF THE FLAGS)")
@@ -161,48 +152,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_config(given: dict[str, Any]) -> dict[str, Any]:
-    """All that determines a run: what was given, completed by the defaults."""
-    task, model = given["task"], given.get("model")
-    scratch_only = [name for name in ("vocab", "layers", "hidden") if name in given]
-    if model and scratch_only:
-        raise UserError(
-            f"--{scratch_only[0]} is for encoders from scratch: leave out that or --model"
-        )
-    start = "pretrained" if model else "scratch" if "data" in given else "sample"
-    if "data" not in given and not (SAMPLE / task).is_dir():
-        raise UserError(f"{task} has no bundled sample: give the official files by --data")
-    defaults = {
-        "data": str(SAMPLE / task),
-        "model": None,
-        "vocab": None,
-        "cased": False,
-        "backend": os.environ.get("KERAS_BACKEND", "tensorflow"),
-        "seed": 0,
-        "jit_compile": "auto",
-    }
-    names = {field.name for field in fields(Settings)}
-    settings = resolve(task, start, {name: given[name] for name in names & given.keys()})
-    return {**defaults, **asdict(settings), **absolute(given)}
-
-
-def absolute(given: dict[str, Any]) -> dict[str, Any]:
-    """The same with absolute paths: a run may be resumed from another directory."""
-    paths = {"data", "model", "vocab"} & given.keys()
-    return {**given, **{name: str(Path(given[name]).resolve()) for name in paths}}
-
-
-def default_output(config: dict[str, Any]) -> Path:
-    """The same configuration gives the same directory, so that it can be resumed."""
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-    return Path("runs") / f"{config['task']}-{digest[:8]}"
-
-
 def select_backend(name: str) -> None:
-    """Set the backend of Keras, which is read when Keras is imported."""
+    """Set the backend of Keras, which is read when Keras is imported, and prepare for it."""
     if "keras" in sys.modules and sys.modules["keras"].backend.backend() != name:
         raise UserError(f"Keras has another backend than {name} already: start a new process")
     os.environ["KERAS_BACKEND"] = name
+    keep_freed()
     # Sums in a fixed order: a resumed run ends as an undisturbed one.
     os.environ.setdefault("TF_DETERMINISTIC_OPS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -212,19 +167,6 @@ def summary(result: dict[str, Any]) -> str:
     """The best epoch in words."""
     metric = result["metric"]
     return f"dev {metric} {result[f'dev_{metric}']:.2%} at epoch {result['epoch']}"
-
-
-def fail(status: int, message: str) -> int:
-    """Print one line to standard error; the exit status."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    return status
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises where argparse prints the usage and exits."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see run.py --help)")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ state.npz               everything a killed run needs to go on
 metrics.jsonl           one line an epoch
 learning_curve.png
 best.weights.h5         weights of the best epoch on dev
+successor.weights.h5    with --theseus: the smaller model alone
 *_predict.json          submission files
 result.json             written last: the run is finished
 """

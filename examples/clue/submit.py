@@ -8,25 +8,25 @@ have files of their own names and go into the same archive. Nothing is written u
 well. Exit status: 0 done, 2 something does not fit.
 """
 
-import argparse
 import importlib
 import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
+from command_line import Parser, exit_status
 from data import Split, TaskData
 from errors import UserError
-from run import Parser, fail
 from run_directory import read_config, replacing
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="directories of finished runs")
     parser.add_argument("--output", type=Path, default=Path("submit.zip"))
-    try:
+
+    def work() -> None:
         arguments = parser.parse_args(argv)
         files: dict[str, tuple[Path, str]] = {}
         for directory in arguments.runs:
@@ -39,12 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         with replacing(arguments.output) as partial, zipfile.ZipFile(partial, "w") as archive:
             for name, (_, text) in sorted(files.items()):
                 archive.writestr(name, text, zipfile.ZIP_DEFLATED)
-    except UserError as error:
-        return fail(2, f"{error}")
-    except OSError as error:
-        return fail(1, f"{error}")
-    print(f"{arguments.output}: {', '.join(sorted(files))}")
-    return 0
+        print(f"{arguments.output}: {', '.join(sorted(files))}")
+
+    return exit_status(work, resumable=False)
 
 
 def checked_files(directory: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ stands here once per backend, under one name:
 | `merge_replicas(fn, grads, *scalars)` | call `fn` once with the sums over all replicas |
 | `num_replicas()` | replicas whose gradients the optimizer has to sum itself |
 | `value_and_grad(fn, has_aux)` | of the first argument; itself differentiable |
+| `product_flops(fn, specs)` | of `fn` on inputs of these (shape, dtype) |
 | `has_value(variable)` | False where a failed JAX training step left a variable empty |
 
 `value_and_grad(fn, has_aux=False)(x, *args)` returns `(value, gradient)`: `fn(x, *args)` gives
@@ -57,6 +58,7 @@ copies = _backend.copies
 apply_gradients = _backend.apply_gradients
 merge_replicas = _backend.merge_replicas
 num_replicas = _backend.num_replicas
+product_flops = _backend.product_flops
 run_if = _backend.run_if
 has_value = _backend.has_value
 value_and_grad = _backend.value_and_grad
@@ -71,6 +73,7 @@ __all__ = [
     "map_values",
     "merge_replicas",
     "num_replicas",
+    "product_flops",
     "run_if",
     "value_and_grad",
     "values",

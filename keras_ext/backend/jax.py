@@ -1,5 +1,7 @@
 """JAX: the branch of a traced conditional must be pure, so assignments are recorded."""
 
+import math
+
 import jax
 import keras
 from jax import numpy as jnp
@@ -154,3 +156,29 @@ def cond(predicate, true_fn, false_fn, inputs, variables, recompute=False):
         if id(variable) in assigned:
             variable.assign(value)
     return out
+
+
+def product_flops(fn, specs):
+    """See `keras_ext.backend`."""
+    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in specs]
+    return _count(jax.make_jaxpr(fn)(*arguments).jaxpr)
+
+
+def _count(jaxpr):
+    flops = 0
+    for equation in jaxpr.eqns:
+        name, parameters = equation.primitive.name, equation.params
+        if name == "dot_general":
+            left = equation.invars[0].aval.shape
+            (contracted, _), _ = parameters["dimension_numbers"]
+            inner = math.prod(left[axis] for axis in contracted)
+            flops += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            out = kernel[parameters["dimension_numbers"].rhs_spec[0]]
+            flops += 2 * math.prod(kernel) // out * math.prod(equation.outvars[0].aval.shape)
+        else:  # programs within: of a scan as often as it turns
+            inner = [_count(p) for p in jax.core.jaxprs_in_params(parameters)]
+            branches = max if name == "cond" else sum
+            flops += parameters.get("length", 1) * branches(inner) if inner else 0
+    return flops

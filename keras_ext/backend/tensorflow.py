@@ -1,5 +1,7 @@
 """TensorFlow: sparse gradients of embeddings, and replicas under `tf.distribute`."""
 
+import math
+
 import keras
 import tensorflow as tf
 
@@ -178,3 +180,31 @@ def cond(predicate, true_fn, false_fn, inputs, variables, recompute=False):
         return tf.cond(predicate, lambda: true_fn(x), lambda: false_fn(x)), grad
 
     return run(inputs)
+
+
+def product_flops(fn, specs):
+    """See `keras_ext.backend`."""
+    arguments = [tf.TensorSpec(shape, dtype) for shape, dtype in specs]
+    graph = tf.function(fn).get_concrete_function(*arguments).graph
+    return sum(_count(operation) for operation in graph.get_operations())
+
+
+def _count(operation):
+    shapes = [tuple(x.shape) for x in operation.inputs]
+    if operation.type in ("MatMul", "BatchMatMulV2", "BatchMatMulV3"):
+        turned = "transpose_a" if operation.type == "MatMul" else "adj_x"
+        inner = shapes[0][-2 if operation.get_attr(turned) else -1]
+        return 2 * inner * math.prod(operation.outputs[0].shape)
+    if operation.type == "Einsum":
+        labels = operation.get_attr("equation").decode().split("->")[0].split(",")
+        sizes = {}
+        for names, shape in zip(labels, shapes, strict=True):
+            sizes.update(zip(names, shape, strict=True))
+        return 2 * math.prod(sizes.values()) if len(shapes) > 1 else 0
+    if operation.type in ("Conv2D", "Conv3D"):
+        return 2 * math.prod(shapes[1][:-1]) * math.prod(operation.outputs[0].shape)
+    if operation.type == "DepthwiseConv2dNative":
+        return 2 * math.prod(shapes[1][:2]) * math.prod(operation.outputs[0].shape)
+    if operation.type in ("While", "StatelessWhile"):
+        raise ValueError("A loop cannot be counted on TensorFlow. Set KERAS_BACKEND=jax.")
+    return 0

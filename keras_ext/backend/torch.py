@@ -84,3 +84,9 @@ def _detached(leaf):
 def cond(predicate, true_fn, false_fn, inputs, variables, recompute=False):
     """See `keras_ext.backend`."""
     return true_fn(inputs) if predicate else false_fn(inputs)
+
+
+def product_flops(fn, specs):
+    raise NotImplementedError(
+        "FLOPs are counted on TensorFlow and JAX; PyTorch has torch.utils.flop_counter."
+    )

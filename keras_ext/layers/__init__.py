@@ -1,7 +1,18 @@
 """Keras layers; each file holds the function on tensors first, then the layer."""
 
+from keras_ext.layers.attention import masks
+from keras_ext.layers.attention.favor import (
+    FavorAttention,
+    orthogonal_projection,
+    random_features,
+)
+from keras_ext.layers.attention.feature_sums import linear_attention
+from keras_ext.layers.attention.linear import LinearAttention
 from keras_ext.layers.attention.multi_head import MultiHeadAttention, dot_product_attention
-from keras_ext.layers.attention.positions import rotary_embedding
+from keras_ext.layers.attention.polynomial import PolynomialAttention, polynomial_features
+from keras_ext.layers.attention.positions import RotaryPosition, rotary_embedding
+from keras_ext.layers.attention.relative import RelativePosition, T5Bias
+from keras_ext.layers.attention.rerope import ReRoPE
 from keras_ext.layers.bias import Bias
 from keras_ext.layers.cosine import CosineDense, cosine_scores
 from keras_ext.layers.crf import CRF
@@ -28,12 +39,19 @@ __all__ = [
     "Bias",
     "CosineDense",
     "EfficientGlobalPointer",
+    "FavorAttention",
     "FeedForward",
     "GlobalPointer",
     "GradientReversal",
+    "LinearAttention",
     "MultiHeadAttention",
+    "PolynomialAttention",
     "PositionEmbedding",
+    "ReRoPE",
+    "RelativePosition",
+    "RotaryPosition",
     "SegmentEmbedding",
+    "T5Bias",
     "TheseusModule",
     "TokenEmbedding",
     "TransformerBlock",
@@ -46,7 +64,12 @@ __all__ = [
     "dot_product_attention",
     "gelu_tanh",
     "gradient_only",
+    "linear_attention",
     "mask_spans",
+    "masks",
+    "orthogonal_projection",
+    "polynomial_features",
+    "random_features",
     "rotary_embedding",
     "span_scores",
 ]

@@ -79,6 +79,7 @@ class TheseusModule(keras.layers.Layer):
         self.successor = _as_list(successor, "successor")
         self.predecessor_dropout = predecessor_dropout
         self.recompute = False
+        self.settled = False  # True: p will stay 1, and what is compiled is the successor alone
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
         self.outlet = keras.layers.Identity(name="outlet", dtype=self.dtype_policy)
@@ -102,8 +103,8 @@ class TheseusModule(keras.layers.Layer):
         self, inputs: Any, replacement_rate: Any = 0.5, training: bool | None = None
     ) -> Any:
         _check_rate("replacement_rate", replacement_rate)
-        if not training:
-            return _run(self.successor, inputs, training=False)
+        if not training or self.settled:
+            return _run(self.successor, inputs, training=bool(training))
         layers = [*self.predecessor, *self.successor]
         outputs = backend.cond(
             keras.random.uniform((), seed=self.seed_generator) < replacement_rate,

@@ -148,8 +148,23 @@ class TransformerBlock(keras.layers.Layer):
         self, inputs: Any, attention_mask: Any = None, training: bool | None = None
     ) -> Any:
         pattern = {} if attention_mask is None else {"attention_mask": attention_mask}
-        x = self.attention(inputs, inputs, **pattern)
-        x = self.attention_norm(inputs + self.dropout_layer(x, training=training))
+        attended = self.attention(inputs, inputs, **pattern)
+        return self._after_attention(inputs, attended, training)
+
+    def step(self, inputs: Any, state: Any) -> tuple[Any, Any]:
+        """One token more, (batch, 1, width), after a causal attention; no dropout.
+
+        Args:
+            inputs: (batch, 1, width).
+            state: of `attention.initial_state`, or of the step before.
+
+        Returns: the output (batch, 1, width) and the new state.
+        """
+        attended, state = self.attention.step(inputs, state)
+        return self._after_attention(inputs, attended, training=False), state
+
+    def _after_attention(self, inputs: Any, attended: Any, training: bool | None) -> Any:
+        x = self.attention_norm(inputs + self.dropout_layer(attended, training=training))
         y = self.feed_forward(x)
         return self.feed_forward_norm(x + self.dropout_layer(y, training=training))
 
@@ -172,8 +187,8 @@ class TransformerBlock(keras.layers.Layer):
         return cls(**{**config, **built})
 
 
-def serialize_unbuilt(layer: keras.layers.Layer) -> dict[str, Any]:
-    # Rebuilt by the block, its weights get the block's name in their paths, which checkpoint
-    # tables rely on; rebuilt by itself, they would not.
-    config = keras.saving.serialize_keras_object(layer)
-    return {key: value for key, value in config.items() if key != "build_config"}
+def serialize_unbuilt(part: Any) -> Any:
+    # Rebuilt by the layer around it, its weights get that one's name in their paths, which
+    # checkpoint tables rely on; rebuilt by itself, they would not.
+    config = keras.saving.serialize_keras_object(part)
+    return config and {key: value for key, value in config.items() if key != "build_config"}

@@ -1,4 +1,4 @@
-"""Build a Transformer by its configuration file and load its checkpoint.
+"""Build a Transformer by its configuration file, load its checkpoint, save it.
 
 Each family of models is one file: how its configuration is read, what it is built of, and how
 its weights are named in checkpoints.
@@ -14,7 +14,7 @@ from typing import Any
 import keras
 
 from keras_ext.models.bert import BERT
-from keras_ext.models.checkpoints import CheckpointReport, load_weights
+from keras_ext.models.checkpoints import CheckpointReport, load_weights, save_weights
 
 FAMILIES = {"bert": BERT}
 
@@ -99,6 +99,70 @@ def load_checkpoint(
           ignored 2: not in the model
     """
     return load_weights(model, checkpoint, _family(family).names)
+
+
+def save_transformer_model(
+    model: keras.Model,
+    directory: str | os.PathLike,
+    config: str | os.PathLike | Mapping[str, Any],
+    family: str = "bert",
+) -> None:
+    """Write a model as a Hugging Face directory: `model.safetensors` and `config.json`.
+
+    `build_transformer_model(directory, directory)` reads it, and so does `transformers`. Each
+    file is replaced when its successor is complete, so that a crash leaves none half-written.
+
+    Args:
+        model: a model that was built here, with any heads, or one of its layers. Weights are
+            written in the dtype they have.
+        directory: where to; made if need be.
+        config: what the model was built by, as in `build_transformer_model`.
+        family: whose names the weights have. Default: "bert".
+
+    Raises:
+        ImportError: `safetensors` is not installed.
+        ValueError: the model has weights that no layer of the family has, its sizes are not
+            those of the configuration, or the directory holds files that are read instead.
+
+    Example:
+        >>> bert = build_transformer_model("bert_config.json")
+        >>> save_transformer_model(bert, "saved", "bert_config.json")
+        >>> same = build_transformer_model("saved", "saved")
+    """
+    sizes = _family(family).from_config(_read_config(config))
+    _check_sizes(model, sizes)
+    directory = Path(directory)
+    first, name = CONFIG_FILES
+    if (directory / first).exists():
+        raise ValueError(
+            f"{directory} holds {first}, which would be read instead of what is saved now. "
+            "Give another directory."
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    save_weights(model, directory, sizes.names["huggingface"])
+    partial = directory / f"partial-{name}"
+    content = {"model_type": family, **dataclasses.asdict(sizes)}
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, directory / name)
+
+
+def _check_sizes(model: keras.Model, sizes: BERT) -> None:
+    shapes = {weight.path: tuple(weight.shape) for weight in model.weights}
+    stated = {
+        "token_embedding/embeddings": (sizes.vocab_size, sizes.hidden_size),
+        "segment_embedding/embeddings": (sizes.type_vocab_size, sizes.hidden_size),
+        "position_embedding/embeddings": (sizes.max_position_embeddings, sizes.hidden_size),
+    }
+    kernel = "feed_forward/intermediate_dense/kernel"
+    for i in range(sizes.num_hidden_layers):
+        stated[f"encoder_{i}/{kernel}"] = (sizes.hidden_size, sizes.intermediate_size)
+    blocks = {path for path in shapes if path.endswith(kernel)}
+    for path in sorted(stated.keys() | blocks):
+        if shapes.get(path) != stated.get(path):
+            raise ValueError(
+                f"config must be that of the model, got {path} of {stated.get(path)} in the "
+                f"configuration and {shapes.get(path)} in the model."
+            )
 
 
 def _family(name: str) -> type[BERT]:

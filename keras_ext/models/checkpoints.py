@@ -1,4 +1,4 @@
-"""Load checkpoints into a model by a table of names, and account for every variable.
+"""Load and save the weights of a model by a table of names, and account for every variable.
 
 A table maps the path of a model weight to the name of a checkpoint variable:
 
@@ -8,6 +8,7 @@ A table maps the path of a model weight to the name of a checkpoint variable:
 `{i}` stands for the number of a block, and a final `.T` says that the checkpoint holds the
 transposed matrix. Every checkpoint variable is then either loaded or ignored with a reason,
 every model weight either loaded or fresh. Everything is checked before anything is assigned.
+Saving goes the other way, with the same table: a weight that it does not name is an error.
 """
 
 import dataclasses
@@ -22,7 +23,12 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_ext.models.huggingface_checkpoint import FILE, INDEX, HuggingFaceCheckpoint
+from keras_ext.models.huggingface_checkpoint import (
+    FILE,
+    INDEX,
+    HuggingFaceCheckpoint,
+    write_huggingface_checkpoint,
+)
 from keras_ext.models.tensorflow_checkpoint import TensorFlowCheckpoint
 
 # The number of a block: in encoder_3/, layer_3/, layer.3.
@@ -190,6 +196,37 @@ def load_weights(
             stacklevel=3,
         )
     return report
+
+
+def save_weights(model: keras.Model, directory: str | os.PathLike, table: NameTable) -> None:
+    """Write the weights of a model as `model.safetensors`, each in the dtype it has.
+
+    Args:
+        model: built model, its weights named as in the table.
+        directory: exists.
+        table: of Hugging Face names.
+
+    Raises:
+        ValueError: the table does not name a weight of the model; nothing is written then.
+
+    Example:
+        >>> bert = build_transformer_model("bert_config.json")
+        >>> save_weights(bert, ".", BERT.names["huggingface"])
+    """
+    sources = [(variable, *table.source(variable.path)) for variable in model.weights]
+    unnamed = [variable.path for variable, name, _ in sources if name is None]
+    if unnamed:
+        raise ValueError(
+            f"The model {model.name!r} has weights that this format has no name for: "
+            f"{', '.join(unnamed)}. Save the part without them: keras.Model(model.inputs, "
+            "hidden) with the tensor `hidden` that they are applied to."
+        )
+    tensors = {}
+    for variable, name, transposed in sources:
+        values = keras.ops.convert_to_numpy(variable)
+        # Contiguous, as safetensors writes the buffer of an array whatever its strides.
+        tensors[name] = np.ascontiguousarray(values.T if transposed else values)
+    write_huggingface_checkpoint(directory, tensors)
 
 
 def _by_canonical_name(names: Iterable[str], table: NameTable) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Read Hugging Face checkpoints: one `model.safetensors`, or shards with an index.
+"""Hugging Face checkpoints: one `model.safetensors` is written, that or shards are read.
 
 Source: huggingface.co/docs/safetensors. Pickled checkpoints are never read: unpickling runs
 whatever code the file holds.
@@ -6,6 +6,7 @@ whatever code the file holds.
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (teaches NumPy, and so safetensors, the dtype bfloat16)
@@ -38,16 +39,11 @@ class HuggingFaceCheckpoint:
     format = "huggingface"
 
     def __init__(self, directory: str | os.PathLike) -> None:
-        try:
-            from safetensors import safe_open
-        except ImportError as error:
-            raise ImportError(
-                "Hugging Face checkpoints are read by safetensors: pip install 'keras-ext[nlp]'"
-            ) from error
+        safetensors = _import_safetensors()
         self._files = {}
         self.shapes = {}
         for path in _shards(Path(directory)):
-            file = safe_open(path, framework="numpy")
+            file = safetensors.safe_open(path, framework="numpy")
             for name in file.keys():  # noqa: SIM118  (no dict: it cannot be iterated)
                 self._files[name] = file
                 self.shapes[name] = tuple(file.get_slice(name).get_shape())
@@ -55,6 +51,48 @@ class HuggingFaceCheckpoint:
     def read(self, name: str) -> np.ndarray:
         """The values of one tensor."""
         return self._files[name].get_tensor(name)
+
+
+def write_huggingface_checkpoint(
+    directory: str | os.PathLike, tensors: Mapping[str, np.ndarray]
+) -> None:
+    """Write `model.safetensors`: a file of that name is replaced when all is written.
+
+    Args:
+        directory: exists.
+        tensors: name -> values, of any dtype of safetensors, bfloat16 included.
+
+    Raises:
+        ImportError: `safetensors` is not installed.
+        ValueError: the directory has an index of shards, which is read in preference.
+
+    Example:
+        >>> write_huggingface_checkpoint(".", {"classifier.bias": np.zeros(3, "float32")})
+    """
+    safetensors = _import_safetensors()
+    directory = Path(directory)
+    if (directory / INDEX).exists():
+        raise ValueError(
+            f"{directory} holds {INDEX}, which would be read instead of what is saved now. "
+            "Give another directory."
+        )
+    partial = directory / f"partial-{FILE}"
+    try:
+        # Without a format transformers refuses the file.
+        safetensors.numpy.save_file(dict(tensors), partial, metadata={"format": "pt"})
+        os.replace(partial, directory / FILE)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _import_safetensors():
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(
+            "Hugging Face checkpoints need safetensors: pip install 'keras-ext[nlp]'"
+        ) from error
+    return safetensors
 
 
 def _shards(directory: Path) -> list[Path]:

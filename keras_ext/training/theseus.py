@@ -23,14 +23,14 @@ Source: Xu et al. 2020, arXiv 2002.02925; kexue.fm/archives/7575;
 github.com/JetRunner/BERT-of-Theseus.
 """
 
-import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_ext.layers.theseus import ReplacementRate, TheseusModule
+from keras_ext.models.rebuild import blocks_of, copy_layer, rebuild
 
 
 def build_theseus_model(
@@ -67,7 +67,7 @@ def build_theseus_model(
 
     Reference: Xu et al. 2020, arXiv 2002.02925.
     """
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
     if groups < 1 or len(blocks) % groups:
         raise ValueError(
             f"groups must be positive and divide the number of blocks, {len(blocks)}, "
@@ -77,8 +77,8 @@ def build_theseus_model(
     modules = []
     for i, start in enumerate(range(0, len(blocks), groups)):
         group = blocks[start : start + groups]
-        old = [_copy(b, name=f"predecessor_{start + j}") for j, b in enumerate(group)]
-        new = _copy(blocks[i])
+        old = [copy_layer(b, name=f"predecessor_{start + j}") for j, b in enumerate(group)]
+        new = copy_layer(blocks[i])
         copies += [*zip(group, old, strict=True), (blocks[i], new)]
         options = {"predecessor_dropout": predecessor_dropout, "dtype": blocks[i].dtype_policy}
         modules.append(TheseusModule(old, new, name=f"theseus_{i}", **options))
@@ -110,7 +110,7 @@ def build_theseus_model(
                 )
         return None
 
-    training_model = _rebuild(model, call, copies)
+    training_model = rebuild(model, call, copies)
     for layer in training_model.layers:
         if not isinstance(layer, TheseusModule):
             layer.trainable = False
@@ -161,11 +161,11 @@ def extract_successor(model: keras.Model) -> keras.Model:
         if not isinstance(layer, TheseusModule):
             return None
         for block in layer.successor:
-            copies.append((block, _copy(block)))
+            copies.append((block, copy_layer(block)))
             x = copies[-1][1](x)
         return x
 
-    successor = _rebuild(model, call, copies)
+    successor = rebuild(model, call, copies)
     for layer in successor.layers:  # not at once: the model itself counts as trainable
         layer.trainable = True
     return successor
@@ -179,6 +179,9 @@ class ReplacementSchedule(keras.callbacks.Callback):
     that was saved and loaded goes on at its rate. With `steps_per_execution` the rate changes
     once an execution.
 
+    Once p is 1 it stays 1 until `fit` ends: the step is compiled again, without the
+    predecessors, and costs what a step of the successors alone does.
+
     Raises:
         ValueError: when `fit` begins, if the model has no `ReplacementRate`.
     """
@@ -188,14 +191,14 @@ class ReplacementSchedule(keras.callbacks.Callback):
         raise NotImplementedError
 
     def on_train_begin(self, logs: Any = None) -> None:
-        layers = [layer for layer in self.model.layers if isinstance(layer, ReplacementRate)]
+        layers = [x for x in _every_layer(self.model) if isinstance(x, ReplacementRate)]
         if not layers:
             raise ValueError(
                 f"{type(self).__name__} needs a model with a ReplacementRate, got "
                 f"{self.model.name}. Fit the model of build_theseus_model."
             )
         self._variables = [layer.rate for layer in layers]
-        self._settled = False
+        self._settle(False)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         if self._settled:
@@ -205,7 +208,19 @@ class ReplacementSchedule(keras.callbacks.Callback):
         rate = self.rate_at(step)
         for variable in self._variables:
             variable.assign(rate)
-        self._settled = rate >= 1
+        if rate >= 1:
+            self._settle(True)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self._settle(False)  # whoever trains next may set another rate
+
+    def _settle(self, settled: bool) -> None:
+        self._settled = settled
+        modules = [x for x in _every_layer(self.model) if isinstance(x, TheseusModule)]
+        if any(module.settled != settled for module in modules):
+            for module in modules:
+                module.settled = settled
+            self.model.make_train_function(force=True)
 
 
 class ConstantReplacement(ReplacementSchedule):
@@ -270,47 +285,9 @@ class LinearReplacement(ReplacementSchedule):
         return min(1.0, self.slope * step + self.start)
 
 
-def _blocks(model: keras.Model) -> list[keras.layers.Layer]:
-    """The layers encoder_0, encoder_1, ... in the order of their numbers."""
-    blocks = [layer for layer in model.layers if re.fullmatch(r"encoder_\d+", layer.name)]
-    if not blocks:
-        raise ValueError(
-            f"{model.name} has no layers encoder_0, encoder_1, ... Build it with "
-            "build_transformer_model, and heads on its output: Model(bert.inputs, "
-            "head(bert.output)), not head(bert(inputs))."
-        )
-    return sorted(blocks, key=lambda block: int(block.name.removeprefix("encoder_")))
-
-
-def _rebuild(model: keras.Model, call: Callable[..., Any], copies: list[tuple]) -> keras.Model:
-    """The same graph on copies of all layers, except where `call(layer, *args)` gives outputs.
-
-    Args:
-        copies: pairs of layers, to which those made here are added; then the weights of the
-            first are copied to the second.
-    """
-    made: dict[int, Any] = {}
-
-    def call_copy(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        outputs = call(layer, *args, **kwargs)
-        if outputs is not None:
-            return outputs
-        if id(layer) not in made:  # a tied layer is called twice
-            made[id(layer)] = _copy(layer)
-            if isinstance(layer, keras.layers.Layer):
-                copies.append((layer, made[id(layer)]))
-        return made[id(layer)](*args, **kwargs)
-
-    # A new model of the same graph is not compiled; Keras would compile the clone as well.
-    rebuilt = keras.models.clone_model(
-        keras.Model(model.input, model.output, name=model.name),
-        clone_function=lambda layer: layer,
-        call_function=call_copy,
-    )
-    for layer, copy in copies:
-        copy.set_weights(layer.get_weights())
-    return rebuilt
-
-
-def _copy(layer: Any, **changes: Any) -> Any:
-    return type(layer).from_config({**layer.get_config(), **changes})
+def _every_layer(model: keras.Model) -> Iterator[keras.layers.Layer]:
+    """The layers of a model, and those of models among them."""
+    for layer in model.layers:
+        yield layer
+        if isinstance(layer, keras.Model):
+            yield from _every_layer(layer)

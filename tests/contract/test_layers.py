@@ -61,11 +61,22 @@ ROWS = [
         lambda **k: layers.EfficientGlobalPointer(3, 4, **k),
         (HIDDEN,),
     ),
+    Row(
+        "FavorAttention",
+        lambda **k: layers.FavorAttention(2, 4, num_features=8, seed=0, **k),
+        (HIDDEN, MEMORY),
+    ),
     Row("FeedForward", lambda **k: layers.FeedForward(16, layers.gelu_tanh, **k), (HIDDEN,)),
     Row("GlobalPointer", lambda **k: layers.GlobalPointer(3, 4, **k), (HIDDEN,)),
     Row("GradientReversal", layers.GradientReversal, (HIDDEN,)),
+    Row("LinearAttention", lambda **k: layers.LinearAttention(2, 4, **k), (HIDDEN, MEMORY)),
     Row(
         "MultiHeadAttention", lambda **k: layers.MultiHeadAttention(2, 4, **k), (HIDDEN, MEMORY)
+    ),
+    Row(
+        "PolynomialAttention",
+        lambda **k: layers.PolynomialAttention(2, 3, 4, **k),
+        (HIDDEN, MEMORY),
     ),
     Row("PositionEmbedding", lambda **k: layers.PositionEmbedding(7, **k), (HIDDEN,)),
     Row("SegmentEmbedding", lambda **k: layers.SegmentEmbedding(2, **k), (HIDDEN, SEGMENTS)),
@@ -91,7 +102,9 @@ def run(model: keras.Model, inputs: tuple[np.ndarray, ...]) -> np.ndarray:
 
 def test_every_public_layer_has_a_row():
     public = [getattr(layers, name) for name in layers.__all__]
-    classes = {c.__name__ for c in public if isinstance(c, type)}
+    # Positions are parts of a MultiHeadAttention, and in its tests.
+    parts = (layers.RotaryPosition, layers.RelativePosition, layers.T5Bias)
+    classes = {c.__name__ for c in public if isinstance(c, type) and not issubclass(c, parts)}
     assert classes == {row.name for row in ROWS}
 
 

@@ -103,7 +103,11 @@ def test_files_without_a_folder_around_them(mirror, tmp_path, monkeypatch):
     assert files(tmp_path) == ["afqmc", "afqmc/a", "afqmc/a/b", "afqmc/train.json"]
 
 
-@pytest.mark.parametrize("content", [b"no archive", packed(b="1" * 99)[:60], packed()])
+@pytest.mark.parametrize(
+    "content",
+    [b"no archive", packed(b="1" * 99)[:60], packed()],
+    ids=["no archive", "cut off", "empty"],  # the bytes hold the time
+)
 def test_broken_archives_are_thrown_away(mirror, tmp_path, monkeypatch, content):
     monkeypatch.setattr(Server, "content", content)
     monkeypatch.setitem(download.ARCHIVES, "afqmc", download.Archive("afqmc_public.zip"))

@@ -1,16 +1,22 @@
 import json
+import os
+import platform
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import zipfile
+from dataclasses import asdict
 
+import keras
 import numpy as np
 import pytest
 import report
 import run
 import submit
 import tnews
-from clue_files import LABELS, TINY, sentences, start, write_lines
+from clue_files import CLUE, LABELS, TINY, sentences, start, write_lines
 
 FILES = [
     "best.weights.h5",
@@ -224,7 +230,6 @@ def test_report_has_mean_and_deviation_beside_published_scores(finished_run, tmp
 def pretrained(tmp_path):
     """A directory in Google's layout but for the checkpoint, which is a Hugging Face one."""
     safetensors = pytest.importorskip("safetensors.numpy")
-    import keras
 
     from keras_ext.models import BERT, build_transformer_model
 
@@ -265,3 +270,100 @@ def test_pretrained_model(pretrained, tiny_tnews, tmp_path, capsys):
         assert message in error
         assert error.count("\n") == 1
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.thorough
+def test_theseus_halves_a_finished_run(tiny_tnews, tmp_path, capsys):
+    """What is left is a model of one block with the figures of the run; all but the block is
+    the teacher's."""
+    import classification
+    import encoder
+    import finetune
+    from settings import Settings
+
+    common = ["tnews", "--data", str(tiny_tnews), "--backend", keras.backend.backend()]
+    teacher, output = tmp_path / "teacher", tmp_path / "student"
+    assert run.main([*common, *TINY, "--layers", "2", "--output", str(teacher)]) == 0
+    student = [*common, "--theseus", str(teacher)]
+    assert run.main([*student, "--epochs", "3", "--output", str(output)]) == 0
+    assert names(output) == sorted([*FILES, "successor.weights.h5"])
+
+    config = json.loads((output / "config.json").read_text())
+    assert (config["layers"], config["vocab"]) == (2, str(teacher / "vocab.txt"))
+    data, models = tnews.load(tiny_tnews), []
+    for layers, file in (
+        (2, teacher / "best.weights.h5"),
+        (1, output / "successor.weights.h5"),
+    ):
+        settings = Settings(**{**{k: config[k] for k in asdict(Settings())}, "layers": layers})
+        tokenizer, trunk = encoder.build(config, settings, data)
+        models.append(keras.Model(*classification.build_model(trunk, data, settings)))
+        models[-1].load_weights(file)
+    whole, model = models
+    for layer in model.layers:
+        of_teacher = whole.get_layer(layer.name).get_weights()
+        same = all(map(np.array_equal, layer.get_weights(), of_teacher))
+        assert same == (layer.name != "encoder_0")
+    rows = [classification.encode(tokenizer, split, data, settings) for split in data.splits]
+    logits = finetune.predict(model, finetune.make_batches(rows, settings, seed=0)[1])
+    figures = classification.score(logits, data.dev, rows[1])
+    result = json.loads((output / "result.json").read_text())
+    assert figures["loss"] == pytest.approx(result["dev_loss"], abs=1e-5)
+
+    names_of = [
+        report.model_name(json.loads((d / "config.json").read_text()))
+        for d in (teacher, output)
+    ]
+    assert names_of == ["from scratch, 2x16", "from scratch, 2x16, half of its blocks"]
+
+    capsys.readouterr()
+    for arguments, message in (
+        ([*student, "--hidden", "8"], "--hidden is that of the run in"),
+        ([*common, "--theseus", str(output)], "is compressed itself"),
+        ([*common, "--theseus", str(tmp_path)], "holds no finished run"),
+        (["afqmc", *student[1:]], "is a run of tnews, not of afqmc"),
+    ):
+        assert run.main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_no_bucket_is_longer_than_the_positions_of_the_model():
+    from data import Rows
+    from finetune import make_batches
+    from settings import Settings
+
+    rows = Rows([[2] * 13, [2] * 5], np.eye(2))
+    for batches in make_batches([rows, rows], Settings(max_length=13), seed=0):
+        assert batches.lengths == [8, 13]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="an allocator of Linux")
+def test_freed_memory_is_not_cleared_again_by_the_system():
+    """Page faults of a loop that makes and frees 16 MiB, with and without."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("another C library, which is left alone")
+    code = """
+import resource, sys
+import numpy as np
+from memory import keep_freed
+if sys.argv[1] == "keep":
+    keep_freed()
+for step in range(11):
+    np.empty(2**22, "float32").fill(1)
+    if step == 0:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10)
+"""
+    faults = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code, how],
+                env={**os.environ, "PYTHONPATH": str(CLUE)},
+                capture_output=True,
+                check=True,
+            ).stdout
+        )
+        for how in ("leave", "keep")
+    ]
+    left, kept = faults
+    assert kept < left / 4

@@ -2,13 +2,25 @@
 
 import json
 
+import keras
+import ml_dtypes
 import numpy as np
 import pytest
 from bundle import write_bundle
 from keras import ops
-from small_bert import SIZES
+from small_bert import HEADS, SIZES
 
-from keras_ext.models import BERT, build_transformer_model, load_checkpoint
+from keras_ext.models import (
+    BERT,
+    build_transformer_model,
+    load_checkpoint,
+    save_transformer_model,
+)
+
+safetensors = pytest.importorskip("safetensors")
+
+CONFIG_AND_WEIGHTS = ["config.json", "model.safetensors"]
+INTERMEDIATE = "encoder_1/feed_forward/intermediate_dense/kernel"
 
 INPUTS = [np.array([[1, 2, 3, 0]], "int32"), np.array([[0, 0, 1, 0]], "int32")]
 
@@ -94,3 +106,79 @@ def test_errors_say_what_to_do(tmp_path):
         build_transformer_model({})
     with pytest.raises(TypeError, match="with_crf"):
         build_transformer_model(SIZES, with_crf=True)
+
+
+# ------------------------------------------------------------------------------- saving
+
+
+def values_of(model):
+    return {weight.path: ops.convert_to_numpy(weight) for weight in model.weights}
+
+
+@pytest.mark.parametrize("heads", [HEADS, {}], ids=["heads", "bare"])
+def test_a_saved_model_is_built_again_with_the_same_weights(heads, tmp_path):
+    config = {**SIZES, "hidden_act": "relu", "type_vocab_size": 3, "directionality": "bidi"}
+    model = build_transformer_model(config, **heads)
+    for index, weight in enumerate(model.weights):  # also biases and norms
+        weight.assign(np.random.default_rng(index).normal(size=weight.shape))
+    directory = tmp_path / "new" / "saved"
+    save_transformer_model(model, directory, config)
+    assert sorted(file.name for file in directory.iterdir()) == CONFIG_AND_WEIGHTS
+    again = build_transformer_model(directory, directory, **heads)
+    assert not again.checkpoint_report.ignored
+    before, after = values_of(model), values_of(again)
+    assert before.keys() == after.keys()
+    for path, value in before.items():
+        np.testing.assert_array_equal(after[path], value, err_msg=path)
+
+
+def test_saved_files_are_what_transformers_reads(tmp_path):
+    model = build_transformer_model(SIZES, with_nsp=True)
+    save_transformer_model(model, tmp_path, SIZES)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "bert"
+    assert BERT.from_config(config) == BERT(**SIZES)
+    with safetensors.safe_open(tmp_path / "model.safetensors", framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+        for name, path in (
+            ("bert.encoder.layer.1.intermediate.dense.weight", INTERMEDIATE),
+            ("cls.seq_relationship.weight", "nsp/kernel"),
+        ):
+            np.testing.assert_array_equal(file.get_tensor(name).T, values_of(model)[path])
+
+
+def test_half_precision_is_saved_as_it_is(tmp_path):
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("bfloat16")
+    try:
+        model = build_transformer_model(SIZES)
+    finally:
+        keras.config.set_dtype_policy(policy)
+    save_transformer_model(model, tmp_path, SIZES)
+    with safetensors.safe_open(tmp_path / "model.safetensors", framework="numpy") as file:
+        stored = file.get_tensor("bert.embeddings.word_embeddings.weight")
+    assert stored.dtype == ml_dtypes.bfloat16
+    path = "token_embedding/embeddings"
+    np.testing.assert_array_equal(stored.astype("float32"), np.float32(values_of(model)[path]))
+
+
+def test_what_cannot_be_saved_leaves_the_files_there_as_they_are(tmp_path):
+    bert = build_transformer_model(SIZES)
+    save_transformer_model(bert, tmp_path, SIZES)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    classes = keras.layers.Dense(3, name="classifier")(bert.output[:, 0])
+    with pytest.raises(ValueError, match="no name for: classifier/kernel, classifier/bias"):
+        save_transformer_model(keras.Model(bert.inputs, classes), tmp_path, SIZES)
+    for size, shape in (("vocab_size", r"\(12, 8\)"), ("num_hidden_layers", "None")):
+        config = {**SIZES, size: {"vocab_size": 12, "num_hidden_layers": 1}[size]}
+        with pytest.raises(ValueError, match=f"config must be that of the model.*{shape}"):
+            save_transformer_model(bert, tmp_path, config)
+    assert before == {file: file.read_bytes() for file in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["bert_config.json", "model.safetensors.index.json"])
+def test_directories_in_which_other_files_would_be_read_are_refused(name, tmp_path):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"holds {name}, which would be read instead"):
+        save_transformer_model(build_transformer_model(SIZES), tmp_path, SIZES)
+    assert [file.name for file in tmp_path.iterdir()] == [name]

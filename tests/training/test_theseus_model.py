@@ -172,6 +172,14 @@ def test_the_schedule_counts_updates(schedule, expected, accum, tmp_path):
     np.testing.assert_allclose(watch.rates, np.repeat(expected, accum), rtol=1e-6)
 
 
+def test_the_schedule_finds_the_rate_of_a_model_within_a_model():
+    inner, x = toy(), keras.Input((3,))
+    model = keras.Model(x, inner(x))
+    model.compile(keras.optimizers.SGD(1e-3), "mse")
+    fit(model, 3, LinearReplacement(slope=0.3, start=0.2))
+    assert float(inner.get_layer("replacement_rate").rate) == pytest.approx(0.8)
+
+
 def test_a_compiled_step_sees_the_rate_of_the_schedule():
     class OnlyInTheThird(ReplacementSchedule):
         def rate_at(self, step):
@@ -181,6 +189,35 @@ def test_a_compiled_step_sees_the_rate_of_the_schedule():
     model.compile(keras.optimizers.SGD(1e-3), "mse", jit_compile=JIT)
     fit(model, 4, OnlyInTheThird(), watch)
     assert watch.changed == [False, False, True, False]
+
+
+def test_at_rate_1_the_predecessor_leaves_the_step():
+    """For that `fit` alone; what is trained is the same."""
+    traced = []
+
+    class Predecessor(keras.layers.Dense):
+        def call(self, x):
+            traced.append(x)
+            return super().call(x)
+
+    def model():
+        keras.utils.set_random_seed(0)
+        x = keras.Input((3,))
+        rate = ReplacementRate(1.0, name="replacement_rate")(x)
+        module = TheseusModule(Predecessor(1), keras.layers.Dense(1))
+        model = keras.Model(x, module(x, rate))
+        model.compile(keras.optimizers.Adam(0.1), "mse", jit_compile=JIT)
+        traced.clear()
+        return model
+
+    unsettled, settled = model(), model()
+    fit(settled, 3, ConstantReplacement(steps=0))
+    assert traced == []
+    fit(unsettled, 3)
+    equal(settled.trainable_variables, unsettled.trainable_variables)
+    traced.clear()
+    fit(settled, 1)
+    assert traced
 
 
 def test_a_saved_training_model_is_the_same(tmp_path):

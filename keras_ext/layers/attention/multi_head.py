@@ -1,18 +1,37 @@
 """Multi-head softmax attention.
 
-    Attention(Q, K, V) = softmax(Q Kᵀ / √d) V,    scores of -1e30 where the mask forbids
+    Attention(Q, K, V) = softmax(λ Q Kᵀ) V,    scores of -1e30 where the mask forbids
 
-Exact, with O(n²) time and memory. The softmax runs in float32 at least, whatever the compute
+Exact, in O(n²) time and memory. The softmax runs in float32 at least, whatever the compute
 dtype, and a query that may attend to nothing gets zeros instead of the mean of the values.
 
-Source: Vaswani et al. 2017, arXiv 1706.03762; kexue.fm/archives/4765.
+    plain        λ = 1/√d
+    log-n        λ = log_N(n) / √d for n tokens attended to and training length N
+    KNA, QNA     K or Q with rows of length 1, λ = 1
+    CosA         both, λ = 4 ln(N/2)
+    window w     tokens see themselves and the w - 1 before (if not causal, also after) them;
+                 O(n w), see `windows.py`
+    positions    see `positions.py`, `relative.py`, `rerope.py`
+
+Log-n keeps the entropy of the weights where texts are longer than in training, normalised keys
+keep the scores in the range of training: both are for longer texts than a model was trained on.
+Neither can be added to a trained model without training it again.
+
+Source: Vaswani et al. 2017, arXiv 1706.03762; kexue.fm/archives/4765; log-n: 8823; KNA, QNA,
+CosA: 9859; windows: 9603.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops
+
+from keras_ext.layers.attention.positions import Position
+from keras_ext.layers.attention.projected import ProjectedAttention
+from keras_ext.layers.attention.windows import WindowBlocks
+from keras_ext.layers.transformer import serialize_unbuilt
 
 MASKED = -1e30  # finite: -inf would make a fully masked row NaN
 
@@ -23,6 +42,11 @@ def dot_product_attention(
     value: Any,
     mask: Any = None,
     dropout: Callable[[Any], Any] | None = None,
+    scale: float | None = None,
+    bias: Any = None,
+    causal: bool = False,
+    position: Position | None = None,
+    positions: tuple[Any, Any] = (None, None),
 ) -> Any:
     """Scaled dot-product attention, all heads at once.
 
@@ -33,6 +57,11 @@ def dot_product_attention(
         mask: boolean of rank 4, broadcastable to (batch, heads, targets, sources);
             True = attend. None attends everywhere.
         dropout: function applied to the attention weights.
+        scale: λ. Default: 1/√key_dim.
+        bias: added to the scores, of rank 4 as `mask`.
+        causal: the i-th query sees the first i keys only.
+        position: that has encoded queries and keys; it scores and sums them. Default: none.
+        positions: of the queries (targets,) and of the keys (sources,), for `position`.
 
     Returns:
         (batch, targets, heads, value_dim) in the dtype of `value`.
@@ -42,15 +71,28 @@ def dot_product_attention(
         >>> tuple(dot_product_attention(q, k, v).shape)
         (2, 5, 4, 8)
     """
-    scale = query.shape[-1] ** -0.5
-    scores = ops.einsum("bthd,bshd->bhts", query * scale, key)
-    scores = ops.cast(scores, keras.backend.result_type(scores.dtype, "float32"))
-    if mask is not None:
-        scores = ops.where(mask, scores, MASKED)
-    weights = ops.cast(ops.softmax(scores), value.dtype)  # (batch, heads, targets, sources)
-    if dropout is not None:
-        weights = dropout(weights)
-    outputs = ops.einsum("bhts,bshd->bthd", weights, value)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    position = position or Position()
+    order = None
+    if causal:
+        order = ops.arange(ops.shape(query)[1])[:, None] >= ops.arange(ops.shape(key)[1])
+    if causal and mask is not None:
+        mask, causal = ops.logical_and(mask, order), False
+    same_size = query.shape[-1] == value.shape[-1]  # as JAX wants them
+    if same_size and dropout is None and bias is None and position.only_encodes:
+        outputs = ops.dot_product_attention(
+            query, key, value, mask=mask, scale=scale, is_causal=causal
+        )
+    else:
+        scores = position.scores(query * scale, key, *positions)
+        if bias is not None:
+            scores = scores + ops.cast(bias, scores.dtype)
+        if causal or mask is not None:
+            scores = ops.where(order if mask is None else mask, scores, MASKED)
+        weights = ops.cast(ops.softmax(scores), value.dtype)  # (batch, heads, targets, sources)
+        if dropout is not None:
+            weights = dropout(weights)
+        outputs = position.outputs(weights, value, *positions)
     if mask is None:
         return outputs
     attends = ops.any(mask, axis=-1, keepdims=True)  # (batch, heads, targets, 1)
@@ -58,34 +100,50 @@ def dot_product_attention(
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
-class MultiHeadAttention(keras.layers.Layer):
+class MultiHeadAttention(ProjectedAttention):
     """Softmax attention between learned projections, as in a Transformer.
 
-        head_h = Attention(X W_q^h, Y W_k^h, Z W_v^h),    output = [head_1, ..., head_n] W_o
+        head_h = softmax(λ X W_q^h (Y W_k^h)ᵀ) Z W_v^h,    output = [head_1, ..., head_n] W_o
 
     The projections `query_dense`, `key_dense`, `value_dense`, `output_dense` are `Dense`
     layers over the heads side by side, so `enable_lora` and `quantize` work on them. The
-    output has the width of the query.
+    output has the width of the query. Without dropout, bias, window and such positions as
+    change the scores it runs through `keras.ops.dot_product_attention`, on a GPU by flash
+    attention.
 
     Call arguments:
         query: (batch, targets, width).
         value: (batch, sources, value_width).
         key: (batch, sources, key_width). Default: `value`.
-        value_mask: boolean (batch, sources), True = attend. Default: the Keras mask of `value`.
+        value_mask, key_mask: boolean (batch, sources), True = attend. Default: the Keras masks.
         attention_mask: boolean (batch, targets, sources) or (batch, heads, targets, sources),
-            sizes of 1 broadcast; joined with `value_mask`. Default: None.
+            sizes of 1 broadcast; joined with the others. Default: None.
+        attention_bias: added to the scores, of a shape as `attention_mask`. Default: None.
+        use_causal_mask: as `causal`, for this call. Default: False.
 
     Args:
         num_heads: number of heads.
-        key_dim: width of a head, of queries, keys and values alike.
+        key_dim: width of a head's queries and keys.
+        value_dim: width of a head's values. Default: `key_dim`.
+        num_kv_heads: number of heads of keys and values, each for num_heads / num_kv_heads
+            heads of queries. Default: `num_heads`.
         dropout: rate of dropout on the attention weights. Default: 0.
+        causal: tokens see no later ones. Default: False.
+        window: w, see above; for self-attention. Default: None, all.
+        position: a `RotaryPosition`, `ReRoPE`, `RelativePosition` or `T5Bias`. Default: none.
+        query_norm, key_norm: give queries, keys the length 1. Default: False.
+        scale: λ. Default: 1 if one of them is normalised, else 1/√key_dim.
+        log_length: N of the log-n scaling, which multiplies λ by log_N(n). Default: None, off.
+        use_bias: of all projections. Default: True.
         kernel_initializer: of all projections. Default: "glorot_uniform".
 
     Raises:
-        ValueError: `num_heads` or `key_dim` is not positive.
+        ValueError: a number is not positive, `num_kv_heads` does not divide `num_heads`,
+            rotary positions have an odd `key_dim`, or both norms come without a `scale`. In
+            a call: a window comes with a mask, a bias or another length of the sources.
 
     Example:
-        >>> attention = MultiHeadAttention(num_heads=4, key_dim=8)
+        >>> attention = MultiHeadAttention(4, 8, causal=True, position=RotaryPosition())
         >>> x = keras.random.normal((2, 5, 32))
         >>> tuple(attention(x, x).shape)
         (2, 5, 32)
@@ -95,87 +153,215 @@ class MultiHeadAttention(keras.layers.Layer):
         self,
         num_heads: int,
         key_dim: int,
+        value_dim: int | None = None,
+        num_kv_heads: int | None = None,
         dropout: float = 0.0,
-        kernel_initializer: Any = "glorot_uniform",
+        causal: bool = False,
+        window: int | None = None,
+        position: Position | None = None,
+        query_norm: bool = False,
+        key_norm: bool = False,
+        scale: float | None = None,
+        log_length: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        for name, size in {"num_heads": num_heads, "key_dim": key_dim}.items():
-            if size < 1:
-                raise ValueError(f"{name} must be positive, got {size}.")
-        self.supports_masking = True  # the output keeps the mask of the query
-        self.num_heads = num_heads
-        self.key_dim = key_dim
+        super().__init__(num_heads, key_dim, value_dim, num_kv_heads, causal, **kwargs)
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1, got {window}.")
+        if log_length is not None and log_length < 2:
+            raise ValueError(f"log_length must be at least 2, got {log_length}.")
+        if query_norm and key_norm and scale is None:
+            raise ValueError(
+                "scale must be given where queries and keys are normalised: 4 ln(N/2) for the "
+                "training length N."
+            )
+        if position is not None and key_dim % position.key_dim_multiple:
+            raise ValueError(
+                f"key_dim must be a multiple of {position.key_dim_multiple} for "
+                f"{type(position).__name__}, got {key_dim}."
+            )
         self.dropout = dropout
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.query_dense = self._projection("query_dense", num_heads * key_dim)
-        self.key_dense = self._projection("key_dense", num_heads * key_dim)
-        self.value_dense = self._projection("value_dense", num_heads * key_dim)
+        self.window = window
+        self.position = position
+        self.query_norm = query_norm
+        self.key_norm = key_norm
+        self.scale = scale
+        self.log_length = log_length
         self.dropout_layer = keras.layers.Dropout(
             dropout, name="dropout", dtype=self.dtype_policy
-        )
-
-    def _projection(self, name: str, units: int) -> keras.layers.Dense:
-        return keras.layers.Dense(
-            units,
-            kernel_initializer=self.kernel_initializer.clone(),
-            name=name,
-            dtype=self.dtype_policy,
         )
 
     def build(
         self, query_shape: tuple, value_shape: tuple, key_shape: tuple | None = None
     ) -> None:
-        self.output_dense = self._projection("output_dense", query_shape[-1])
-        self.query_dense.build(query_shape)
-        self.key_dense.build(key_shape or value_shape)
-        self.value_dense.build(value_shape)
-        self.output_dense.build((*query_shape[:-1], self.num_heads * self.key_dim))
+        super().build(query_shape, value_shape, key_shape)
+        if isinstance(self.position, keras.layers.Layer):
+            heads = (*query_shape[:-1], self.num_heads)
+            self.position.build((*heads, self.key_dim), (*heads, self.value_dim))
 
-    def call(
+    def attend(
         self,
         query: Any,
+        key: Any,
         value: Any,
-        key: Any = None,
-        value_mask: Any = None,
-        attention_mask: Any = None,
-        training: bool | None = None,
+        source_mask: Any,
+        attention_mask: Any,
+        attention_bias: Any,
+        causal: bool,
+        training: bool | None,
     ) -> Any:
-        heads = dot_product_attention(
-            self._split_heads(self.query_dense(query)),
-            self._split_heads(self.key_dense(value if key is None else key)),
-            self._split_heads(self.value_dense(value)),
-            mask=_join_masks(value_mask, attention_mask),
-            dropout=lambda weights: self.dropout_layer(weights, training=training),
+        position = self.position or Position()
+        if training:
+            position = position.in_training()
+        if position.needs_causal and not causal:
+            raise ValueError(f"{type(position).__name__} needs causal=True.")
+        query, key = self._normalise(query, key)
+        sizes = ops.shape(query)[1], ops.shape(key)[1]
+        if self.window is None:
+            mask = _join_masks(source_mask, attention_mask)
+            at, of = (ops.arange(size) for size in sizes)
+        else:
+            if attention_mask is not None or attention_bias is not None:
+                raise ValueError("A window takes no attention_mask or attention_bias.")
+            if query.shape[1] != key.shape[1]:
+                raise ValueError(
+                    f"A window needs as many targets as sources, got {query.shape[1]} and "
+                    f"{key.shape[1]}."
+                )
+            blocks = WindowBlocks(sizes[0], self.window, causal)
+            if source_mask is None:
+                source_mask = ops.ones(ops.shape(key)[:2], "bool")
+            query = blocks.of_queries(query)
+            key, value = blocks.of_keys(key), blocks.of_keys(value)
+            mask, causal = blocks.mask(source_mask), False
+            at, of = blocks.query_positions, blocks.key_positions
+        heads = self._dot_product(
+            position.encode(query, at),
+            position.encode(key, of),
+            value,
+            mask=mask,
+            causal=causal,
+            bias=None if attention_bias is None else _of_rank_4(attention_bias),
+            position=position,
+            positions=(at, of),
+            dropout=(lambda w: self.dropout_layer(w, training=True))
+            if training and self.dropout
+            else None,
         )
-        width = self.num_heads * self.key_dim
-        return self.output_dense(ops.reshape(heads, (*ops.shape(query)[:2], width)))
+        return heads if self.window is None else blocks.joined(heads)
 
-    def _split_heads(self, x: Any) -> Any:
-        return ops.reshape(x, (*ops.shape(x)[:2], self.num_heads, self.key_dim))
+    def _normalise(self, query: Any, key: Any) -> tuple[Any, Any]:
+        return (
+            _unit(query) if self.query_norm else query,
+            _unit(key) if self.key_norm else key,
+        )
 
-    def compute_output_shape(
-        self, query_shape: tuple, value_shape: tuple, key_shape: tuple | None = None
-    ) -> tuple:
-        return query_shape
+    def _dot_product(
+        self, query: Any, key: Any, value: Any, mask: Any, causal: bool, **kwargs: Any
+    ) -> Any:
+        scale = self.scale
+        if scale is None and (self.query_norm or self.key_norm):
+            scale = 1.0
+        if self.log_length is not None:
+            query = self._log_scaled(query, key, mask, causal)
+        return dot_product_attention(
+            query,
+            self.for_all_heads(key),
+            self.for_all_heads(value),
+            mask=mask,
+            scale=scale,
+            causal=causal,
+            **kwargs,
+        )
+
+    def _log_scaled(self, query: Any, key: Any, mask: Any, causal: bool) -> Any:
+        """Queries times log_N of the number of tokens that they attend to."""
+        targets, sources = ops.shape(query)[1], ops.shape(key)[1]
+        seen = ops.ones((1, 1, targets, sources), "bool") if mask is None else mask
+        if causal:
+            order = ops.arange(targets)[:, None] >= ops.arange(sources)
+            seen = ops.logical_and(seen, order)
+        number = ops.sum(ops.cast(seen, "float32"), -1, keepdims=True)
+        number = ops.transpose(number, (0, 2, 1, 3))  # (batch, targets, heads, 1)
+        factor = ops.log(ops.maximum(number, 1.0)) / math.log(self.log_length)
+        return query * ops.cast(factor, query.dtype)
+
+    def initial_state(self, batch_size: int, max_length: int | None = None) -> dict[str, Any]:
+        """What `step` needs before the first token: empty caches of keys and values.
+
+        Args:
+            batch_size: of the inputs.
+            max_length: number of tokens that are kept: once more came, the oldest are
+                forgotten. With a window it is that of the window.
+        """
+        size = max_length if self.window is None else self.window
+        if size is None:
+            raise ValueError("max_length must be given without a window, got None.")
+        shape = (batch_size, size, self.num_kv_heads)
+        return {
+            "key": ops.zeros((*shape, self.key_dim), self.compute_dtype),
+            "value": ops.zeros((*shape, self.value_dim), self.compute_dtype),
+            "length": ops.zeros((), "int32"),
+        }
+
+    def attend_step(
+        self, query: Any, key: Any, value: Any, state: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        position, now = self.position or Position(), state["length"]
+        size = state["key"].shape[1]
+        query, key = self._normalise(query, key)
+        at = ops.reshape(now, (1,))
+        start = (0, now % size, 0, 0)
+        key = ops.slice_update(state["key"], start, position.encode(key, at))
+        value = ops.slice_update(state["value"], start, value)
+        of = now - (now - ops.arange(size)) % size  # the token in each place of the ring
+        heads = self._dot_product(
+            position.encode(query, at),
+            key,
+            value,
+            mask=(of >= 0)[None, None, None],
+            causal=False,
+            position=position,
+            positions=(at, of),
+        )
+        return heads, {"key": key, "value": value, "length": now + 1}
 
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
-            "num_heads": self.num_heads,
-            "key_dim": self.key_dim,
             "dropout": self.dropout,
-            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "window": self.window,
+            "position": serialize_unbuilt(self.position),
+            "query_norm": self.query_norm,
+            "key_norm": self.key_norm,
+            "scale": self.scale,
+            "log_length": self.log_length,
         }
 
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "MultiHeadAttention":
+        position = keras.saving.deserialize_keras_object(config["position"])
+        return cls(**{**config, "position": position})
 
-def _join_masks(value_mask: Any, attention_mask: Any) -> Any:
+
+def _unit(x: Any) -> Any:
+    """Vectors of length 1 (of 0 where they are 0), by float32 at least."""
+    wide = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+    square = ops.sum(ops.square(wide), -1, keepdims=True)
+    return ops.cast(wide * ops.rsqrt(ops.maximum(square, 1e-24)), x.dtype)
+
+
+def _of_rank_4(pattern: Any) -> Any:
+    return pattern[:, None] if len(pattern.shape) == 3 else pattern
+
+
+def _join_masks(source_mask: Any, attention_mask: Any) -> Any:
     """One mask of rank 4 from padding and pattern, or None."""
-    if value_mask is not None:
-        value_mask = ops.cast(value_mask, "bool")[:, None, None, :]  # (batch, 1, 1, sources)
+    if source_mask is not None:
+        source_mask = ops.cast(source_mask, "bool")[:, None, None, :]
     if attention_mask is None:
-        return value_mask
-    attention_mask = ops.cast(attention_mask, "bool")
-    if len(attention_mask.shape) == 3:
-        attention_mask = attention_mask[:, None]  # (batch, 1, targets, sources)
-    return attention_mask if value_mask is None else ops.logical_and(attention_mask, value_mask)
+        return source_mask
+    attention_mask = _of_rank_4(ops.cast(attention_mask, "bool"))
+    if source_mask is None:
+        return attention_mask
+    return ops.logical_and(attention_mask, source_mask)

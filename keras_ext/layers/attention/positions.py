@@ -1,4 +1,8 @@
-"""Positions for attention.
+"""Positions for attention: what they are to a `MultiHeadAttention`, and the rotary ones.
+
+A position tells an attention how scores and outputs depend on where tokens stand. `Position`
+is the one that tells nothing (NoPE), and what the others override. Those with weights are
+layers too: `RelativePosition` and `T5Bias`.
 
 Rotary positions (RoPE) turn each pair (u, v) of a query's and a key's components by an angle
 that grows with the position t:
@@ -60,3 +64,77 @@ def rotary_embedding(
     u, v = ops.unstack(ops.reshape(ops.cast(x, wide), (*shape[:-1], *split)), 2, axis)
     turned = ops.stack([u * cos - v * sin, v * cos + u * sin], axis)
     return ops.cast(ops.reshape(turned, shape), dtype)
+
+
+class Position:
+    """No positions; the base class of all others.
+
+    All that matters is how far tokens stand from each other: adding a number to all positions
+    changes nothing. So windows count them within a block, and padding may be on the left.
+    """
+
+    only_encodes = True  # False where `scores` or `outputs` do more
+    needs_causal = False  # True where later tokens have no position
+    key_dim_multiple = 1  # that key_dim has to be a multiple of
+
+    def in_training(self) -> "Position":
+        """The position while the model is trained."""
+        return self
+
+    def encode(self, x: Any, positions: Any) -> Any:
+        """Queries or keys (batch, length, heads, size) as they enter `scores`, and a cache."""
+        return x
+
+    def scores(self, query: Any, key: Any, query_positions: Any, key_positions: Any) -> Any:
+        """Scores (batch, heads, targets, sources), in float32 at least.
+
+        Args:
+            query: encoded and scaled, (batch, targets, heads, size).
+            key: encoded, (batch, sources, heads, size).
+            query_positions: (targets,).
+            key_positions: (sources,).
+        """
+        scores = ops.einsum("bthd,bshd->bhts", query, key)
+        return ops.cast(scores, keras.backend.result_type(scores.dtype, "float32"))
+
+    def outputs(
+        self, weights: Any, value: Any, query_positions: Any, key_positions: Any
+    ) -> Any:
+        """Weights (batch, heads, targets, sources) of the values (batch, sources, ...)."""
+        return ops.einsum("bhts,bshd->bthd", weights, value)
+
+
+@keras.saving.register_keras_serializable(package="keras_ext")
+class RotaryPosition(Position):
+    """Rotary positions: the score of a query at i and a key at j is q_iᵀ R(j - i) k_j.
+
+    Args:
+        base: of the wavelengths. Default: 10,000.
+        interleaved: which components make a pair; see `rotary_embedding`. Default: True.
+
+    Example:
+        >>> attention = MultiHeadAttention(4, 8, position=RotaryPosition(interleaved=False))
+
+    Reference: Su et al. 2021, arXiv 2104.09864; kexue.fm/archives/8265.
+    """
+
+    key_dim_multiple = 2
+
+    def __init__(self, base: float = 10_000.0, interleaved: bool = True) -> None:
+        if base <= 0:
+            raise ValueError(f"base must be positive, got {base}.")
+        self.base = base
+        self.interleaved = interleaved
+
+    def turn(self, x: Any, positions: Any) -> Any:
+        return rotary_embedding(x, positions, self.base, self.interleaved)
+
+    def encode(self, x: Any, positions: Any) -> Any:
+        return self.turn(x, positions)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"base": self.base, "interleaved": self.interleaved}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "RotaryPosition":
+        return cls(**config)

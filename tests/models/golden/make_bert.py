@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import BertConfig, BertForPreTraining
+from transformers import BertConfig, BertForPreTraining, BertModel
 
 GOLDEN = Path(__file__).with_name("bert.npz")
 
@@ -86,7 +86,7 @@ def make() -> None:
 
 
 def compare() -> None:
-    from keras_ext.models import build_transformer_model
+    from keras_ext.models import build_transformer_model, save_transformer_model
 
     for sizes in (SMALL, MEDIUM):
         model = random_model(sizes)
@@ -102,6 +102,16 @@ def compare() -> None:
             run(model, token_ids, segment_ids).items(), outputs, strict=True
         ):
             print(f"  {name}: largest difference {np.abs(our - theirs).max():.1e}")
+        with tempfile.TemporaryDirectory() as directory:
+            save_transformer_model(ours, directory, sizes)
+            again = BertForPreTraining.from_pretrained(directory, attn_implementation="eager")
+            bare = BertModel.from_pretrained(directory, attn_implementation="eager")
+        state = model.state_dict()
+        equal = all(
+            torch.equal(state[name], value) for name, value in again.state_dict().items()
+        )
+        equal &= all(torch.equal(state[f"bert.{n}"], v) for n, v in bare.state_dict().items())
+        print(f"  saved by us and read by transformers: {'equal' if equal else 'DIFFERENT'}")
 
 
 if __name__ == "__main__":

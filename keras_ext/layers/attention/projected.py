@@ -1,0 +1,151 @@
+"""What all attention layers share: projections, heads, one signature, decoding token by token.
+
+    head_h = attend(X W_q^h, Y W_k^h, Z W_v^h),    output = [head_1, ..., head_n] W_o
+
+Only `attend` differs. With fewer heads of keys and values than of queries (grouped heads), each
+serves as many neighbouring heads of queries.
+
+Source: Vaswani et al. 2017, arXiv 1706.03762; grouped heads: Ainslie et al. 2023, arXiv
+2305.13245.
+"""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+
+class ProjectedAttention(keras.layers.Layer):
+    """Base class: an attention between learned projections.
+
+    A subclass defines `attend`, and for decoding `initial_state` and `attend_step(query, key,
+    value, state)`, which gives heads and the new state. Queries are (batch, targets, heads,
+    key_dim), keys (batch, sources, num_kv_heads, key_dim), values (batch, sources,
+    num_kv_heads, value_dim), `source_mask` is boolean (batch, sources) or None; the result is
+    (batch, targets, heads, value_dim).
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        key_dim: int,
+        value_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        causal: bool = False,
+        use_bias: bool = True,
+        kernel_initializer: Any = "glorot_uniform",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.supports_masking = True  # the output keeps the mask of the query
+        self.num_heads = num_heads
+        self.key_dim = key_dim
+        self.value_dim = key_dim if value_dim is None else value_dim
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name in ("num_heads", "key_dim", "value_dim", "num_kv_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads must divide num_heads = {num_heads}, got {num_kv_heads}."
+            )
+        self.causal = causal
+        self.use_bias = use_bias
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.query_dense = self._projection("query_dense", num_heads * key_dim)
+        self.key_dense = self._projection("key_dense", self.num_kv_heads * key_dim)
+        self.value_dense = self._projection("value_dense", self.num_kv_heads * self.value_dim)
+
+    def _projection(self, name: str, units: int) -> keras.layers.Dense:
+        return keras.layers.Dense(
+            units,
+            use_bias=self.use_bias,
+            kernel_initializer=self.kernel_initializer.clone(),
+            name=name,
+            dtype=self.dtype_policy,
+        )
+
+    def build(
+        self, query_shape: tuple, value_shape: tuple, key_shape: tuple | None = None
+    ) -> None:
+        self.output_dense = self._projection("output_dense", query_shape[-1])
+        self.query_dense.build(query_shape)
+        self.key_dense.build(key_shape or value_shape)
+        self.value_dense.build(value_shape)
+        self.output_dense.build((*query_shape[:-1], self.num_heads * self.value_dim))
+
+    def call(
+        self,
+        query: Any,
+        value: Any,
+        key: Any = None,
+        value_mask: Any = None,
+        key_mask: Any = None,
+        attention_mask: Any = None,
+        attention_bias: Any = None,
+        training: bool | None = None,
+        use_causal_mask: bool = False,
+    ) -> Any:
+        if key_mask is not None and value_mask is not None:
+            value_mask = ops.logical_and(value_mask, key_mask)
+        heads = self.attend(
+            *self._project(query, value if key is None else key, value),
+            source_mask=key_mask if value_mask is None else value_mask,
+            attention_mask=attention_mask,
+            attention_bias=attention_bias,
+            causal=self.causal or use_causal_mask,
+            training=training,
+        )
+        return self._merge(heads)
+
+    def step(self, inputs: Any, state: Any) -> tuple[Any, Any]:
+        """One token more of causal self-attention, at a cost that `state` bounds.
+
+        Args:
+            inputs: (batch, 1, width).
+            state: of `initial_state`, or of the step before.
+
+        Returns: the output (batch, 1, width) and the new state.
+        """
+        if not self.causal:
+            raise ValueError("step needs causal=True: a later token would change the output.")
+        if not self.built:
+            self.build(inputs.shape, inputs.shape)
+        heads, state = self.attend_step(*self._project(inputs, inputs, inputs), state)
+        return self._merge(heads), state
+
+    def _project(self, query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
+        def split(x, heads, size):
+            return ops.reshape(x, (*ops.shape(x)[:2], heads, size))
+
+        return (
+            split(self.query_dense(query), self.num_heads, self.key_dim),
+            split(self.key_dense(key), self.num_kv_heads, self.key_dim),
+            split(self.value_dense(value), self.num_kv_heads, self.value_dim),
+        )
+
+    def _merge(self, heads: Any) -> Any:
+        width = self.num_heads * self.value_dim
+        return self.output_dense(ops.reshape(heads, (*ops.shape(heads)[:2], width)))
+
+    def for_all_heads(self, x: Any) -> Any:
+        """Keys or values, each as often as heads of queries share it."""
+        shared = self.num_heads // self.num_kv_heads
+        return x if shared == 1 else ops.repeat(x, shared, axis=2)
+
+    def compute_output_shape(
+        self, query_shape: tuple, value_shape: tuple, key_shape: tuple | None = None
+    ) -> tuple:
+        return query_shape
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "num_heads": self.num_heads,
+            "key_dim": self.key_dim,
+            "value_dim": self.value_dim,
+            "num_kv_heads": self.num_kv_heads,
+            "causal": self.causal,
+            "use_bias": self.use_bias,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+        }

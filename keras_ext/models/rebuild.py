@@ -1,0 +1,57 @@
+"""A functional model built again on copies of its layers, some of them changed."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import keras
+
+
+def blocks_of(model: keras.Model) -> list[keras.layers.Layer]:
+    """The layers encoder_0, encoder_1, ... in the order of their numbers."""
+    blocks = [layer for layer in model.layers if re.fullmatch(r"encoder_\d+", layer.name)]
+    if not blocks:
+        raise ValueError(
+            f"{model.name} has no layers encoder_0, encoder_1, ... Build it with "
+            "build_transformer_model, and heads on its output: Model(bert.inputs, "
+            "head(bert.output)), not head(bert(inputs))."
+        )
+    return sorted(blocks, key=lambda block: int(block.name.removeprefix("encoder_")))
+
+
+def rebuild(
+    model: keras.Model, call: Callable[..., Any], copies: Iterable[tuple] = ()
+) -> keras.Model:
+    """The same graph on copies of all layers, except where `call(layer, *args)` gives outputs.
+
+    Args:
+        copies: pairs of layers that `call` made, known once the graph is complete; the weights
+            of the first are copied to the second.
+    """
+    copied: list[tuple[keras.layers.Layer, keras.layers.Layer]] = []
+    made: dict[int, Any] = {}
+
+    def call_copy(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = call(layer, *args, **kwargs)
+        if outputs is not None:
+            return outputs
+        if id(layer) not in made:  # a tied layer is called twice
+            made[id(layer)] = copy_layer(layer)
+            if isinstance(layer, keras.layers.Layer):
+                copied.append((layer, made[id(layer)]))
+        return made[id(layer)](*args, **kwargs)
+
+    # A new model of the same graph is not compiled; Keras would compile the clone as well.
+    rebuilt = keras.models.clone_model(
+        keras.Model(model.input, model.output, name=model.name),
+        clone_function=lambda layer: layer,
+        call_function=call_copy,
+    )
+    for layer, copy in (*copied, *copies):
+        copy.set_weights(layer.get_weights())
+    return rebuilt
+
+
+def copy_layer(layer: Any, **changes: Any) -> Any:
+    """The layer or operation anew, with changes to its configuration; weights are fresh."""
+    return type(layer).from_config({**layer.get_config(), **changes})

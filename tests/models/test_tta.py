@@ -1,0 +1,121 @@
+"""T-TA: no output knows its own token, and one pass scores as n passes do."""
+
+import keras
+import numpy as np
+import pytest
+from compiled import compiled
+from keras import ops
+
+from keras_ext import backend
+from keras_ext.models import TTA
+from keras_ext.text import WordPieceTokenizer
+
+RNG = np.random.default_rng(0)
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"天地玄黄宇宙洪荒"]
+
+
+def small(**kwargs):
+    keras.utils.set_random_seed(0)
+    sizes = {"num_layers": 3, "hidden_size": 8, "num_heads": 2, "intermediate_size": 16}
+    model = TTA(len(VOCABULARY), **{**sizes, "max_length": 7, **kwargs})
+    for weight in model.weights:
+        if "seed" not in weight.path:
+            weight.assign(RNG.normal(size=weight.shape) * 0.5 + ("gamma" in weight.path))
+    return model
+
+
+def logits_of(model, token_ids):
+    return model.predict_on_batch(np.asarray(token_ids, "int32"))
+
+
+@pytest.mark.parametrize("length", [1, 2, 6])
+def test_no_output_knows_its_own_token(length):
+    model = small()
+    token_ids = RNG.integers(1, 12, (1, length))
+    logits = logits_of(model, token_ids)
+    for i in range(length):
+        changed = token_ids.copy()
+        changed[0, i] = token_ids[0, i] % 11 + 1
+        others = logits_of(model, changed)
+        np.testing.assert_array_equal(others[0, i], logits[0, i])
+        for j in set(range(length)) - {i}:
+            assert (others[0, j] != logits[0, j]).any()
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_the_gradient_to_its_own_token_is_zero(length):
+    model = small()
+    embedded = model.get_layer("token_embedding").output
+    above = keras.Model(embedded, model.output)
+    x = RNG.normal(size=(1, length, 8)).astype("float32")
+    for i in range(length):
+        factor = RNG.normal(size=12).astype("float32")
+        run = backend.value_and_grad(lambda x, f=factor, i=i: ops.sum(above(x)[0, i] * f))
+        gradient = ops.convert_to_numpy(compiled(run)(ops.convert_to_tensor(x))[1])[0]
+        np.testing.assert_array_equal((gradient != 0).any(-1), np.arange(length) != i)
+
+
+def test_padding_changes_nothing():
+    model = small()
+    token_ids = RNG.integers(1, 12, (2, 4))
+    padded = np.pad(token_ids, ((0, 0), (0, 3)))
+    alone, together = (logits_of(model, x)[:, :4] for x in (token_ids, padded))
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+def test_one_pass_scores_as_n_passes():
+    model = small()
+    token_ids = np.array([[5, 6, 7, 8], [9, 4, 0, 0], [4, 0, 0, 0]])
+    scores = model.score(token_ids)
+    for row, ids in enumerate(token_ids):
+        expected = 0
+        for i in np.flatnonzero(ids):
+            hidden = ids.copy()
+            hidden[i] = RNG.integers(1, 12)  # whatever it is
+            logits = logits_of(model, hidden[None])[0, i].astype("float64")
+            expected += logits[ids[i]] - np.log(np.exp(logits).sum())
+        np.testing.assert_allclose(scores[row], expected, rtol=1e-5)
+
+
+def test_texts_are_scored_without_special_tokens():
+    model = small(tokenizer=WordPieceTokenizer(VOCABULARY))
+    scores = model.score(["天地玄黄", "宇"])
+    ids = [[2, 4, 5, 6, 7, 3], [2, 8, 3, 0, 0, 0]]
+    log = np.asarray(ops.log_softmax(logits_of(model, ids)))
+    expected = [sum(log[0, i, ids[0][i]] for i in (1, 2, 3, 4)), log[1, 1, 8]]
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+    assert model.score([]).shape == (0,)
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        small().score(["天"])
+
+
+def test_training_counts_no_padding_and_learns():
+    token_ids = np.tile([[4, 5, 6, 0], [6, 5, 4, 0]], (8, 1)).astype("int32")
+    model = small(dropout=0.0)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0)
+    model.compile(keras.optimizers.Adam(0.02), loss)
+    first = model.evaluate(token_ids, token_ids, verbose=0)
+    np.testing.assert_allclose(first, -model.score(token_ids).mean() / 3, rtol=1e-5)
+    model.fit(token_ids, token_ids, 16, epochs=20, verbose=0)
+    assert model.evaluate(token_ids, token_ids, verbose=0) < first / 2
+
+
+def test_save_and_load(tmp_path):
+    model = small()
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.get_config() == model.get_config()
+    token_ids = RNG.integers(1, 12, (2, 4))
+    np.testing.assert_array_equal(logits_of(loaded, token_ids), logits_of(model, token_ids))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"num_heads": 3}, "num_heads must divide hidden_size=8, got 3"),
+        ({"num_layers": 0}, "num_layers must be positive, got 0"),
+    ],
+)
+def test_bad_arguments(kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        small(**kwargs)

@@ -70,9 +70,8 @@ def transformer_flops(
     Reference: kexue.fm/archives/8610.
     """
     if attention not in ATTENTIONS:
-        raise ValueError(
-            f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}."
-        )
+        known = ", ".join(ATTENTIONS)
+        raise ValueError(f"attention must be one of {known}, got {attention!r}.")
     if hidden_size % num_heads:
         raise ValueError(f"num_heads must divide hidden_size={hidden_size}, got {num_heads}.")
     size = hidden_size // num_heads

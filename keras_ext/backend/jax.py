@@ -4,6 +4,7 @@ import math
 
 import jax
 import keras
+from jax import extend
 from jax import numpy as jnp
 
 
@@ -178,7 +179,7 @@ def _count(jaxpr):
             out = kernel[parameters["dimension_numbers"].rhs_spec[0]]
             flops += 2 * math.prod(kernel) // out * math.prod(equation.outvars[0].aval.shape)
         else:  # programs within: of a scan as often as it turns
-            inner = [_count(p) for p in jax.core.jaxprs_in_params(parameters)]
+            inner = [_count(p) for p in extend.core.jaxprs_in_params(parameters)]
             branches = max if name == "cond" else sum
             flops += parameters.get("length", 1) * branches(inner) if inner else 0
     return flops

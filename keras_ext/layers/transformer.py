@@ -96,8 +96,8 @@ class TransformerBlock(keras.layers.Layer):
     Sublayers: those given, `attention_norm` and `feed_forward_norm`.
 
     Args:
-        attention: layer called as `attention(x, x)`, with `attention_mask=` where the block
-            is; it finds the padding as the Keras mask of x.
+        attention: layer called as `attention(x, memory)`, with `attention_mask=` where the
+            block is; it finds the padding as the Keras mask of the memory.
         feed_forward: layer called as `feed_forward(h)`.
         dropout: rate of dropout on the output of either. Default: 0.
         epsilon: of the layer norms. Default: 1e-12.
@@ -105,6 +105,7 @@ class TransformerBlock(keras.layers.Layer):
     Call arguments:
         inputs: (batch, length, width). The output is like it.
         attention_mask: boolean, passed to `attention`; True = attend. Default: None.
+        memory: what x attends to, (batch, sources, width). Default: x itself.
 
     Example:
         >>> block = TransformerBlock(MultiHeadAttention(4, 8), FeedForward(64), dropout=0.1)
@@ -145,10 +146,14 @@ class TransformerBlock(keras.layers.Layer):
         self.feed_forward_norm.build(inputs_shape)
 
     def call(
-        self, inputs: Any, attention_mask: Any = None, training: bool | None = None
+        self,
+        inputs: Any,
+        attention_mask: Any = None,
+        memory: Any = None,
+        training: bool | None = None,
     ) -> Any:
         pattern = {} if attention_mask is None else {"attention_mask": attention_mask}
-        attended = self.attention(inputs, inputs, **pattern)
+        attended = self.attention(inputs, inputs if memory is None else memory, **pattern)
         return self._after_attention(inputs, attended, training)
 
     def step(self, inputs: Any, state: Any) -> tuple[Any, Any]:

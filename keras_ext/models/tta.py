@@ -32,8 +32,15 @@ BATCH_SIZE = 32
 class OtherTokens(keras.layers.Layer):
     """The mask that hides from each token itself, (1, length, length), for hidden states."""
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.supports_masking = True
+
     def call(self, inputs: Any) -> Any:
         return masks.others(ops.shape(inputs)[1])
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
+        return None
 
     def compute_output_spec(self, inputs: Any) -> keras.KerasTensor:
         return keras.KerasTensor((1, inputs.shape[1], inputs.shape[1]), dtype="bool")

@@ -31,7 +31,7 @@ def test_the_determinant_of_causal_softmax_is_that_of_its_diagonal():
     scores = np.where(np.tri(n, dtype=bool), RNG.normal(size=(2, n, n)), -np.inf)
     weights = softmax(scores)
     expected = np.log(np.diagonal(weights, axis1=-2, axis2=-1)).sum(-1)
-    np.testing.assert_allclose(attention_rank(weights).log_determinant, expected, rtol=1e-9)
+    np.testing.assert_allclose(attention_rank(weights).log_determinant, expected, rtol=1e-6)
     uniform = attention_rank(softmax(np.where(np.tri(n, dtype=bool), 0.0, -np.inf)))
     np.testing.assert_allclose(uniform.log_determinant, -math.lgamma(n + 1), rtol=1e-9)
 

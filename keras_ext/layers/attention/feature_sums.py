@@ -31,6 +31,7 @@ def linear_attention(
     mask: Any = None,
     causal: bool = False,
     chunk_size: int = 128,
+    feature_means: bool = False,
 ) -> Any:
     """Means of the values, weighed by the products of features.
 
@@ -41,6 +42,8 @@ def linear_attention(
         mask: boolean (batch, sources), True = attend. Default: None, all.
         causal: the i-th query sees the first i keys only; as many targets as sources.
         chunk_size: C, for causal attention. Default: 128.
+        feature_means: first takes the mean of the values for each feature, then that of these
+            means; not causal. Default: False.
 
     Returns:
         (batch, targets, heads, value_dim) in the dtype of `value`; zeros where all weights are.
@@ -53,62 +56,65 @@ def linear_attention(
         >>> tuple(linear_attention(q, k, keras.random.normal((2, 5, 4, 6)), causal=True).shape)
         (2, 5, 4, 6)
     """
-    dtype, value_dim = value.dtype, value.shape[-1]
+    dtype = value.dtype
     wide = keras.backend.result_type(dtype, "float32")
-    query, key, value = (ops.cast(x, wide) for x in (query, key, value))
+    if causal and query.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"Causal linear attention needs as many targets as sources, got {query.shape[1]} "
+            f"and {key.shape[1]}."
+        )
+    query, key, value = (_heads_first(ops.cast(x, wide)) for x in (query, key, value))
     if mask is not None:
-        mask = ops.cast(mask, "bool")[:, :, None, None]
+        mask = ops.cast(mask, "bool")[:, None, :, None]
         key = ops.where(mask, key, ops.zeros_like(key))
         value = ops.where(mask, value, ops.zeros_like(value))  # they may be anything there
-    value = with_one(value)
     if causal:
-        if query.shape[1] != key.shape[1]:
-            raise ValueError(
-                f"Causal linear attention needs as many targets as sources, got "
-                f"{query.shape[1]} and {key.shape[1]}."
-            )
-        sums = _causal_sums(query, key, value, chunk_size)
+        sums, totals = _causal_sums(query, key, value, chunk_size)
     else:
-        states = ops.einsum("bshm,bshv->bhmv", key, value)
-        sums = ops.einsum("bthm,bhmv->bthv", query, states)
-    return ops.cast(quotient(sums, value_dim), dtype)
+        sums = ops.matmul(ops.swapaxes(key, 2, 3), value)
+        totals = ops.sum(key, axis=2)[..., None]
+        if feature_means:
+            sums, totals = _quotient(sums, totals), ops.ones_like(totals)
+        sums, totals = ops.matmul(query, sums), ops.matmul(query, totals)
+    return ops.cast(_heads_first(_quotient(sums, totals)), dtype)
 
 
-def with_one(value: Any) -> Any:
-    """Values with a component 1, whose weighted sum is the normaliser."""
-    return ops.concatenate([value, ops.ones_like(value[..., :1])], -1)
+def _heads_first(x: Any) -> Any:
+    """(batch, length, heads, size) -> (batch, heads, length, size), and back."""
+    return ops.transpose(x, (0, 2, 1, 3))
 
 
-def quotient(sums: Any, value_dim: int) -> Any:
-    total = sums[..., value_dim:]
-    nothing = ops.equal(total, 0)
-    return ops.where(nothing, 0.0, sums[..., :value_dim] / ops.where(nothing, 1.0, total))
+def _quotient(sums: Any, totals: Any) -> Any:
+    nothing = ops.equal(totals, 0)
+    return ops.where(nothing, 0.0, sums / ops.where(nothing, 1.0, totals))
 
 
-def _causal_sums(query: Any, key: Any, value: Any, chunk_size: int) -> Any:
-    """Σ_(j <= i) φ(q_i)ᵀφ(k_j) v_j: (batch, length, heads, value_dim)."""
-    length = ops.shape(query)[1]
+def _causal_sums(query: Any, key: Any, value: Any, chunk_size: int) -> tuple[Any, Any]:
+    """Σ φ(q_i)ᵀφ(k_j) v_j over j <= i, and without the values: (batch, heads, length, ...)."""
+    length = ops.shape(query)[2]
     number = -(-length // chunk_size)
-    query, key, value = (
-        _chunks(x, number, number * chunk_size - length) for x in (query, key, value)
-    )  # (batch, heads, number, chunk, ...)
-    states = ops.einsum("bhcsm,bhcsv->bhcmv", key, value)
-    before = ops.cumsum(states, axis=2)[:, :, :-1]
-    before = ops.concatenate([ops.zeros_like(states[:, :, :1]), before], axis=2)
-    weights = ops.einsum("bhctm,bhcsm->bhcts", query, key)
-    order = np.tri(chunk_size, dtype=bool)
-    weights = ops.where(order, weights, ops.zeros_like(weights))
-    sums = ops.einsum("bhctm,bhcmv->bhctv", query, before) + ops.matmul(weights, value)
-    heads, width = sums.shape[1], sums.shape[-1]
-    sums = ops.reshape(sums, (-1, heads, number * chunk_size, width))
-    return ops.transpose(sums, (0, 2, 1, 3))[:, :length]
 
+    def chunks(x):  # with zeros at the end
+        x = ops.pad(x, [(0, 0), (0, 0), (0, number * chunk_size - length), (0, 0)])
+        return ops.reshape(x, (-1, x.shape[1], number, chunk_size, x.shape[-1]))
 
-def _chunks(x: Any, number: Any, missing: Any) -> Any:
-    """(batch, length, heads, size) -> (batch, heads, number, chunk, size), zeros at the end."""
-    heads, size = x.shape[2:]
-    x = ops.transpose(ops.pad(x, [(0, 0), (0, missing), (0, 0), (0, 0)]), (0, 2, 1, 3))
-    return ops.reshape(x, (ops.shape(x)[0], heads, number, -1, size))
+    def together(x):
+        x = ops.reshape(x, (-1, x.shape[1], number * chunk_size, x.shape[-1]))
+        return x[:, :, :length]
+
+    def before(x):  # the sum over earlier chunks
+        first = [(0, 0), (0, 0), (1, 0), (0, 0), (0, 0)]
+        return ops.cumsum(ops.pad(x[:, :, :-1], first), axis=2)
+
+    query, key, value = chunks(query), chunks(key), chunks(value)
+    turned = ops.swapaxes(key, 3, 4)
+    sums = before(ops.matmul(turned, value))
+    totals = before(ops.sum(key, axis=3)[..., None])
+    weights = ops.matmul(query, turned)
+    weights = weights * ops.convert_to_tensor(np.tri(chunk_size), weights.dtype)
+    sums = ops.matmul(query, sums) + ops.matmul(weights, value)
+    totals = ops.matmul(query, totals) + ops.sum(weights, axis=4, keepdims=True)
+    return together(sums), together(totals)
 
 
 class FeatureAttention(ProjectedAttention):
@@ -119,6 +125,8 @@ class FeatureAttention(ProjectedAttention):
     head, (batch, 1, heads, 1), or None. It cancels, but steps must know it. `num_features` is
     the last axis of both.
     """
+
+    feature_means = False  # see `linear_attention`
 
     def __init__(
         self,
@@ -157,18 +165,24 @@ class FeatureAttention(ProjectedAttention):
         query, key = (ops.cast(x, wide) for x in (query, self.for_all_heads(key)))
         query, key, _ = self.features(query, key, source_mask)
         value = self.for_all_heads(value)
-        return linear_attention(query, key, value, source_mask, causal, self.chunk_size)
+        return linear_attention(
+            query, key, value, source_mask, causal, self.chunk_size, self.feature_means
+        )
 
     def initial_state(self, batch_size: int) -> dict[str, Any]:
         """What `step` needs before the first token: sums of nothing.
 
-        They are `sums` (batch, heads, features, value_dim + 1), however long the text, and
-        `scale`, the logarithm of the factor that was taken out of them.
+        They are `sums` (batch, heads, features, value_dim) and `totals` (batch, heads,
+        features, 1), however long the text, and `scale`, the logarithm of the factor that was
+        taken out of them.
         """
         wide = keras.backend.result_type(self.compute_dtype, "float32")
-        shape = (batch_size, self.num_heads, self.num_features, self.value_dim + 1)
-        nothing = ops.full((batch_size, self.num_heads, 1, 1), -1e30, wide)
-        return {"sums": ops.zeros(shape, wide), "scale": nothing}
+        shape = (batch_size, self.num_heads, self.num_features)
+        return {
+            "sums": ops.zeros((*shape, self.value_dim), wide),
+            "totals": ops.zeros((*shape, 1), wide),
+            "scale": ops.full((*shape[:2], 1, 1), -1e30, wide),
+        }
 
     def attend_step(
         self, query: Any, key: Any, value: Any, state: dict[str, Any]
@@ -179,25 +193,33 @@ class FeatureAttention(ProjectedAttention):
         scale = ops.zeros_like(key[..., :1]) if scale is None else scale
         scale = ops.transpose(scale, (0, 2, 1, 3))  # (batch, heads, 1, 1)
         largest = ops.maximum(state["scale"], scale)
-        value = with_one(ops.cast(self.for_all_heads(value), wide))
-        sums = state["sums"] * ops.exp(state["scale"] - largest)
-        new = ops.einsum("bshm,bshv->bhmv", key, value)
-        sums = sums + new * ops.exp(scale - largest)
-        heads = quotient(ops.einsum("bthm,bhmv->bthv", query, sums), self.value_dim)
-        heads = ops.cast(heads, self.compute_dtype)
-        return heads, {"sums": sums, "scale": largest}
+        old, new = ops.exp(state["scale"] - largest), ops.exp(scale - largest)
+        query, key = _heads_first(query), ops.swapaxes(_heads_first(key), 2, 3) * new
+        value = _heads_first(ops.cast(self.for_all_heads(value), wide))
+        sums = state["sums"] * old + ops.matmul(key, value)
+        totals = state["totals"] * old + key
+        heads = _quotient(ops.matmul(query, sums), ops.matmul(query, totals))
+        heads = ops.cast(_heads_first(heads), self.compute_dtype)
+        return heads, {"sums": sums, "totals": totals, "scale": largest}
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "chunk_size": self.chunk_size}
 
 
-def without_overflow(logits: Any, mask: Any) -> tuple[Any, Any]:
-    """exp(logits - c) of keys for the largest c of a text and head that counts, and c.
+def without_overflow(
+    logits: Any, mask: Any, axis: int | tuple[int, ...] = (1, 3)
+) -> tuple[Any, Any]:
+    """exp(logits - c) for the largest c that counts along the axis, and c.
+
+    Args:
+        logits: (batch, length, heads, features).
+        mask: boolean (batch, length), which of them count, or None for all.
+        axis: over which c is common. Default: length and features.
 
     No gradient goes through c, on which the attention does not depend.
     """
     counting = logits
     if mask is not None:
         counting = ops.where(ops.cast(mask, "bool")[:, :, None, None], logits, -1e30)
-    largest = ops.stop_gradient(ops.max(counting, axis=(1, 3), keepdims=True))
+    largest = ops.stop_gradient(ops.max(counting, axis=axis, keepdims=True))
     return ops.exp(ops.minimum(logits - largest, 0.0)), largest

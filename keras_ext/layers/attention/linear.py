@@ -96,6 +96,10 @@ class LinearAttention(FeatureAttention):
         self.feature_map = feature_map
 
     @property
+    def feature_means(self) -> bool:
+        return self.feature_map == "softmax"
+
+    @property
     def num_features(self) -> int:
         if callable(self.feature_map):
             return self.feature_map(ops.zeros((1, 1, 1, self.key_dim))).shape[-1]
@@ -116,12 +120,11 @@ class LinearAttention(FeatureAttention):
             return _elu_plus_one(query), _elu_plus_one(key), None
         if self.feature_map == "taylor":
             return _one_and_direction(query), _one_and_direction(key), None
-        query = ops.softmax(query, axis=-1)  # e^q but for a factor that cancels
+        query, _ = without_overflow(query, None, axis=3)  # the factor cancels
         if self.feature_map == "exp":
             return query, *without_overflow(key, mask)
-        if mask is not None:
-            key = ops.where(ops.cast(mask, "bool")[:, :, None, None], key, -1e30)
-        return query, ops.softmax(key, axis=1), None
+        key, _ = without_overflow(key, mask, axis=1)  # one for each feature: so does this
+        return query, key, None
 
     def get_config(self) -> dict[str, Any]:
         feature_map = self.feature_map

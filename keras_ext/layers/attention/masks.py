@@ -36,7 +36,7 @@ def prefix(prefix_lengths: Any, length: Any) -> Any:
         prefix_lengths: integers (batch,); 0 is causal, `length` sees everything.
         length: of the texts.
     """
-    inside = ops.arange(length) < ops.convert_to_tensor(prefix_lengths)[:, None]
+    inside = ops.arange(length) < ops.cast(prefix_lengths, "int32")[:, None]
     return ops.logical_or(causal(length), inside[:, None])
 
 

@@ -9,10 +9,17 @@ from data import TaskData
 from errors import UserError
 from settings import Settings
 
-from keras_ext.models import build_transformer_model
+from keras_ext import layers
+from keras_ext.models import build_transformer_model, replace_attention
 from keras_ext.text import WordPieceTokenizer, build_vocabulary
 
 HEAD_SIZE = 64  # width of an attention head from scratch, as in BERT
+# In the place of softmax attention, with its projections.
+ATTENTIONS = {
+    "linear": layers.LinearAttention,
+    "favor": layers.FavorAttention,
+    "polynomial": layers.PolynomialAttention,
+}
 
 
 def build(
@@ -26,11 +33,16 @@ def build(
     lowercase = False if config["cased"] else None
     try:
         if config["model"] is None:
-            return _from_scratch(config["vocab"], lowercase, settings, data)
-        return _pretrained(Path(config["model"]), lowercase, settings)
+            tokenizer, encoder = _from_scratch(config["vocab"], lowercase, settings, data)
+        else:
+            tokenizer, encoder = _pretrained(Path(config["model"]), lowercase, settings)
     except (OSError, ValueError) as error:
         # Causes are told over several lines where there are several.
         raise UserError(" ".join(str(error).split())) from error
+    if settings.attention != "softmax":
+        kind = ATTENTIONS[settings.attention]
+        encoder = replace_attention(encoder, lambda old: kind(old.num_heads, old.key_dim))
+    return tokenizer, encoder
 
 
 def small_bert(

@@ -15,6 +15,7 @@ from errors import UserError
 OPTIMIZERS = ("adamw", "adafactor", "relative_adafactor", "lamb", "lion")
 POOLINGS = ("first", "mean", "max")
 HEADS = ("global_pointer", "crf")
+ATTENTIONS = ("softmax", "linear", "favor", "polynomial")
 SCHEDULES = ("constant", "linear", "cosine")
 
 LEAST = {
@@ -57,6 +58,7 @@ class Settings:
     pooling: str = _flag("first", "the last layer's [CLS], mean or max", POOLINGS)
     head: str = _flag("global_pointer", "what finds entities", HEADS)
     label_smoothing: float = _flag(0.0, "probability spread over all classes")
+    attention: str = _flag("softmax", "attention of the encoder", ATTENTIONS)
     layers: int = _flag(2, "layers of an encoder from scratch")
     hidden: int = _flag(128, "width of an encoder from scratch")
 

@@ -9,6 +9,7 @@ import time
 import zipfile
 from dataclasses import asdict
 
+import encoder
 import keras
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import run
 import submit
 import tnews
 from clue_files import CLUE, LABELS, TINY, sentences, start, write_lines
+from settings import Settings
 
 FILES = [
     "best.weights.h5",
@@ -157,7 +159,8 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path):
 
 @pytest.mark.thorough
 def test_every_option_trains_pairs_with_several_seeds(tmp_path, monkeypatch, capsys):
-    """Accumulation, clipping, averages, [CLS], smoothing, schedule, optimizer, vocabulary."""
+    """Accumulation, clipping, averages, [CLS], smoothing, schedule, optimizer, vocabulary,
+    attention."""
     vocabulary = tmp_path / "vocab.txt"
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"花草股市游戏，好"]))
     data = tmp_path / "afqmc"
@@ -173,6 +176,7 @@ def test_every_option_trains_pairs_with_several_seeds(tmp_path, monkeypatch, cap
     write_lines(data / "test.json", [{**p, "id": n} for n, p in enumerate(pairs[:3])])
     flags = ["--accum", "2", "--clip", "1", "--ema", "0.9", "--pooling", "first"]
     flags += ["--label-smoothing", "0.1", "--schedule", "cosine", "--vocab", str(vocabulary)]
+    flags += ["--attention", "linear"]
     flags += ["--optimizer", "relative_adafactor", *TINY, "--epochs", "1", "--runs", "2"]
     monkeypatch.chdir(tmp_path)
     command = ["afqmc", "--data", str(data), *flags]
@@ -186,6 +190,21 @@ def test_every_option_trains_pairs_with_several_seeds(tmp_path, monkeypatch, cap
     files = [*(name for name in FILES if "predict" not in name), "afqmc_predict.json"]
     assert all(names(directory) == sorted(files) for directory in directories)
     assert run.main([*command, "--runs", "0"]) == 2
+
+
+@pytest.mark.parametrize("name", encoder.ATTENTIONS)
+def test_another_attention_has_the_projections_of_the_encoder(name):
+    data = tnews.load(run.SAMPLE / "tnews")
+    config = {"model": None, "vocab": None, "cased": False}
+
+    def build(attention):
+        keras.utils.set_random_seed(0)
+        return encoder.build(config, Settings(layers=1, hidden=8, attention=attention), data)[1]
+
+    plain, other = (build(kind).get_layer("encoder_0").attention for kind in ("softmax", name))
+    assert type(other) is encoder.ATTENTIONS[name]
+    for old, new in zip(plain.trainable_weights, other.trainable_weights, strict=True):
+        np.testing.assert_array_equal(old, new)
 
 
 def test_a_submission_is_packed_only_if_all_is_well(finished_run, tmp_path, capsys):

@@ -82,7 +82,8 @@ def main() -> None:
             print(f"seed {seed}, {name}:", *(f"{a:.2%}/{n:.3f}" for a, n in scores), flush=True)
     means = {name: np.mean(scores, axis=0) for name, scores in results.items()}
     for i, title in enumerate(("right", "nats")):
-        print(f"\n| {title} |", " | ".join(map(str, LENGTHS)), "|\n" + "|---" * 5 + "|")
+        print(f"\n| {title} |", " | ".join(map(str, LENGTHS)), "|")
+        print("|---" * (1 + len(LENGTHS)) + "|")
         for name, scores in means.items():
             cells = (f"{100 * x:.1f} %" if i == 0 else f"{x:.3f}" for x in scores[:, i])
             print(f"| {name} |", " | ".join(cells), "|")
@@ -116,19 +117,15 @@ def compare(
     for name, layers in kinds(arguments.layers).items():
         keras.utils.set_random_seed(seed)
         model = decoder(vocabulary, arguments.width, layers)
-        warmup = max(1, int(WARMUP * arguments.steps))
-        rate = PiecewiseLinear({0: 0, warmup: 1, arguments.steps: 0}, RATE)
-        model.compile(
-            keras.optimizers.AdamW(rate, weight_decay=0.01),
-            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            jit_compile=keras.backend.backend() == "jax",  # on a CPU, XLA slows TensorFlow down
-        )
+        prepare(model, arguments.steps)
         start = time.perf_counter()
         model.fit(pieces[:, :-1], pieces[:, 1:], BATCH, shuffle=False, verbose=0)
         print(f"{time.perf_counter() - start:.0f} s", end="; ")
         yield name, evaluate(model, test)
         if name == "RoPE":
-            yield "ReRoPE", evaluate(replace_attention(model, rectified), test)
+            rectified = replace_attention(model, with_rerope)
+            prepare(rectified, arguments.steps)
+            yield "ReRoPE", evaluate(rectified, test)
 
 
 def decoder(vocabulary: int, width: int, layers: list[dict[str, Any]]) -> keras.Model:
@@ -145,26 +142,30 @@ def decoder(vocabulary: int, width: int, layers: list[dict[str, Any]]) -> keras.
     return keras.Model(inputs, embedding(hidden, reverse=True))
 
 
-def rectified(old: MultiHeadAttention) -> MultiHeadAttention:
+def with_rerope(old: MultiHeadAttention) -> MultiHeadAttention:
     position = ReRoPE(window=TRAINED // 4)
     return MultiHeadAttention(old.num_heads, old.key_dim, causal=True, position=position)
+
+
+def prepare(model: keras.Model, steps: int) -> None:
+    warmup = max(1, int(WARMUP * steps))
+    rate = PiecewiseLinear({0: 0, warmup: 1, steps: 0}, RATE)
+    model.compile(
+        keras.optimizers.AdamW(rate, weight_decay=0.01),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=keras.backend.backend() == "jax",  # on a CPU, XLA slows TensorFlow down
+    )
 
 
 def evaluate(model: keras.Model, test: np.ndarray) -> np.ndarray:
     """Share of right characters and mean loss at each length, (lengths, 2)."""
     test = test[: (len(test) - 1) // max(LENGTHS) * max(LENGTHS) + 1]  # the same at all lengths
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
     scores = []
     for length in LENGTHS:
         x, y = (part.reshape(-1, length) for part in (test[:-1], test[1:]))
-        sums = np.zeros(2)
-        for i in range(0, len(x), EVALUATED // length):
-            rows = slice(i, i + EVALUATED // length)
-            logits = model(x[rows], training=False)
-            right = keras.ops.argmax(logits, -1) == y[rows]
-            for j, part in enumerate((right, loss(y[rows], logits))):
-                sums[j] += keras.ops.convert_to_numpy(part).sum()
-        scores.append(sums / x.size)
+        loss, right = model.evaluate(x, y, EVALUATED // length, verbose=0)
+        scores.append((right, loss))
     return np.array(scores)
 
 

@@ -46,6 +46,7 @@ import time
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import display
 from keras import ops
 
 from keras_ext.analysis import attention_rank, crossover, plot_flops, transformer_flops
@@ -151,7 +152,7 @@ for n in (512, 4096, 32768):
         transformer_flops(n, **base, attention=kind)["total"] for kind in ("softmax", "linear")
     )
     print(f"n = {n:6}: linear attention saves {1 - linear / softmax:4.0%} of the FLOPs")
-plot_flops(np.geomspace(128, 65536, 50), **base)
+display(plot_flops(np.geomspace(128, 65536, 50), **base))
 
 # %% [markdown]
 # Time is another matter than FLOPs: softmax is bound by memory. Measured on this machine, for
@@ -171,6 +172,8 @@ for n in measured:
         times[name].append(1e3 * np.median(seconds))
 for name, color in (("softmax", RED), ("linear", BLUE)):
     plt.loglog(measured, times[name], "o-", color=color, label=name)
+plt.xticks(measured, measured)
+plt.minorticks_off()
 plt.xlabel("length")
 plt.ylabel("ms")
 plt.legend()

@@ -49,7 +49,8 @@ def linear_attention(
         (batch, targets, heads, value_dim) in the dtype of `value`; zeros where all weights are.
 
     Raises:
-        ValueError: `causal`, and there are not as many targets as sources.
+        ValueError: `causal`, and there are not as many targets as sources, or
+            `feature_means`.
 
     Example:
         >>> q = k = keras.random.uniform((2, 5, 4, 8))
@@ -63,6 +64,8 @@ def linear_attention(
             f"Causal linear attention needs as many targets as sources, got {query.shape[1]} "
             f"and {key.shape[1]}."
         )
+    if causal and feature_means:
+        raise ValueError("feature_means=True takes means over all tokens: set causal=False.")
     query, key, value = (_heads_first(ops.cast(x, wide)) for x in (query, key, value))
     if mask is not None:
         mask = ops.cast(mask, "bool")[:, None, :, None]

@@ -64,6 +64,17 @@ def test_cross_attention():
         linear_attention(*map(ops.convert_to_tensor, heads), causal=True)
 
 
+def test_means_of_features_before_that_of_tokens():
+    query, key, value = random_features(length=3, sources=7)
+    means = np.einsum("bshm,bshv->bhmv", key / key.sum(1, keepdims=True), value)
+    expected = np.einsum("bthm,bhmv->bthv", query / query.sum(-1, keepdims=True), means)
+    heads = [*map(ops.convert_to_tensor, (query, key, value))]
+    outputs = ops.convert_to_numpy(linear_attention(*heads, feature_means=True))
+    np.testing.assert_allclose(outputs, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="feature_means=True takes means over all tokens"):
+        linear_attention(heads[0], heads[0], heads[0], causal=True, feature_means=True)
+
+
 def gradients(heads, factor, forms):
     """Of sum(factor * attention) in queries, keys and values, by each of the forms."""
     for form in forms:

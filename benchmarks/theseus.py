@@ -14,6 +14,10 @@ Targets: p = 1 over small at most 1.05; p = 0.5 at most 1.15 of the mean of both
 weighed as its modules really drew. If both branches were computed, p = 0.5 would be at their
 sum, twice the mean. With XLA, TensorFlow runs the branch that was drawn again for its gradient:
 p = 0.5 is higher by this forward pass. Compilation is not in the figures.
+
+XLA takes the memory of a whole step at once, and glibc maps blocks of more than 32 MiB anew at
+each allocation, which is most of what p = 0.5 costs beyond the mean there. Without page faults:
+MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=10000000000 MALLOC_TOP_PAD_=268435456.
 """
 
 import argparse

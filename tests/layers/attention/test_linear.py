@@ -282,3 +282,15 @@ def test_what_a_call_refuses(make, kwargs, match):
     x = np.ones((1, N, 8), "float32")
     with pytest.raises(ValueError, match=match):
         LinearAttention(2, 4, **make)(x, x, **kwargs)
+
+
+@pytest.mark.parametrize("feature_map", ["exp", "softmax"])
+def test_large_keys_of_padding_do_not_drown_the_others(feature_map):
+    keras.utils.set_random_seed(0)
+    layer = LinearAttention(2, 4, feature_map=feature_map)
+    x = np.random.default_rng(0).normal(size=(1, 5, 8)).astype("float32")
+    alone = ops.convert_to_numpy(layer(x[:, :3], x[:, :3]))
+    x[:, 3:] *= 1e4  # e^-10000 of the others beside them is 0
+    mask = np.array([[True, True, True, False, False]])
+    padded = ops.convert_to_numpy(layer(x, x, value_mask=mask))
+    np.testing.assert_allclose(padded[:, :3], alone, atol=1e-6)

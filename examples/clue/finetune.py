@@ -6,10 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import compression
 import encoder
 import keras
 import numpy as np
+import theseus
 from data import Rows, TaskData
 from progress import EpochProgress
 from record import Record, weights_only
@@ -59,7 +59,7 @@ def finetune(
     jit_compile = resolve_jit(config["jit_compile"])
     if config["theseus"]:
         teacher = Path(config["theseus"])
-        trunk, inputs, outputs = compression.training_model(
+        trunk, inputs, outputs = theseus.training_model(
             trunk, head, data, settings, teacher, jit_compile
         )
     else:
@@ -71,11 +71,11 @@ def finetune(
 
     record = Record(run, head.METRIC, evaluate, averaged=settings.ema > 0)
     updates = settings.epochs * len(train) // settings.accum
-    replacement = [compression.schedule(updates)] if config["theseus"] else []
+    replacement = [theseus.schedule(updates)] if config["theseus"] else []
     train_model(model, train, settings, record, *replacement)
     weights_only(model).load_weights(run / "best.weights.h5")
     if config["theseus"]:
-        small = compression.successor(model, trunk, head, data, settings)
+        small = theseus.successor(model, trunk, head, data, settings)
         with replacing(run / "successor.weights.h5") as partial:
             small.save_weights(partial)
     for name, batches, row in zip(data.tests, tests, rows[2:], strict=True):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 
 import keras
@@ -227,8 +228,8 @@ def test_files_of_a_run(runs, command, capsys):
     assert "holds this run, finished: held out: loss " in capsys.readouterr().out
 
 
-def test_a_resumed_run_ends_as_an_undisturbed_one(runs, command, capsys):
-    whole, killed = runs
+def test_a_resumed_run_ends_as_an_undisturbed_one(runs, command, tmp_path, capsys):
+    whole, killed = runs[0], shutil.copytree(runs[1], tmp_path / "killed")
     assert figures(killed) == figures(whole)[:1]
     assert mlm.main([*command, "--output", str(killed)]) == 2
     assert "unfinished: continue it by --resume" in capsys.readouterr().err
@@ -238,6 +239,15 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(runs, command, capsys):
     assert figures(killed) == figures(whole)
     for name in ("model.safetensors", "config.json", "vocab.txt"):
         assert (killed / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
+
+
+def test_the_script_goes_on_in_a_process_of_its_own(runs, tmp_path):
+    """No file beside the scripts has the name of a module that a backend imports."""
+    killed = shutil.copytree(runs[1], tmp_path / "killed")
+    command = [sys.executable, mlm.__file__, "--resume", "--output", str(killed)]
+    output = subprocess.run(command, capture_output=True, text=True)
+    assert output.returncode == 0, output.stderr
+    assert [line["step"] for line in figures(killed)] == [5, 10, 15]
 
 
 def test_clue_reads_the_model(runs):

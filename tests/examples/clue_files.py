@@ -28,6 +28,39 @@ def sentences(count, seed):
         yield {"label": label, "label_desc": f"news_{label}", "sentence": text, "keywords": ""}
 
 
+def check_damage(load, directory, rounds=60):
+    """Any file cut, reordered or overwritten anywhere is read, or refused in one line.
+
+    Args:
+        load: reads the files of `directory`; of what it raises only a UserError is right.
+    """
+    from errors import UserError  # of the scripts, which conftest.py puts on the path
+
+    paths, draw = sorted(directory.iterdir()), random.Random(directory.name)
+    kinds = (
+        lambda raw, at: raw[:at],
+        lambda raw, at: raw[:at] + bytes([draw.randrange(256)]) + raw[at + 1 :],
+        lambda raw, at: raw[:at] + raw[at + 1 :],
+        lambda raw, at: raw[at:] + raw[:at],
+    )
+    refused = 0
+    for _ in range(rounds):
+        path, damage = draw.choice(paths), draw.choice(kinds)
+        raw = path.read_bytes()
+        path.write_bytes(damage(raw, draw.randrange(len(raw))))
+        message = ""
+        try:
+            load(directory)
+        except UserError as error:
+            message = str(error)
+        if message:
+            refused += 1
+            assert path.stem in message
+            assert "\n" not in message
+        path.write_bytes(raw)
+    assert refused
+
+
 def start(*arguments):
     """run.py in a process of its own, with its output thrown away.
 

@@ -14,7 +14,7 @@ import run
 import submit
 from c3 import Question, cut_longest
 from chid import Blank
-from clue_files import write_lines
+from clue_files import check_damage, write_lines
 from data import Split, TaskData
 from errors import UserError
 from settings import resolve
@@ -265,6 +265,11 @@ def chid_files(tmp_path):
         if name in ("train", "dev"):
             write(tmp_path / f"{name}_answer.json", answers)
     return tmp_path
+
+
+@pytest.mark.parametrize("task", [c3, chid])
+def test_damaged_files_end_in_one_line(task, request):
+    check_damage(task.load, request.getfixturevalue(f"{task.__name__}_files"))
 
 
 def test_answers_of_c3_are_indices_of_their_texts(c3_files):

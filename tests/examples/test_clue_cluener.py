@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import run
-from clue_files import TINY, write_lines
+from clue_files import TINY, check_damage, write_lines
 from data import Rows, Split
 from entities import Entity
 from entities_global_pointer import decode, span_lists
@@ -70,6 +70,11 @@ def test_bad_lines(tmp_path, content, message):
     assert "train.json, " in str(error.value)
     assert "\n" not in str(error.value)
     assert str(error.value).endswith("unpack the official archive again.")
+
+
+def test_damaged_files_end_in_one_line(tmp_path):
+    write(tmp_path)
+    check_damage(cluener.load, tmp_path)
 
 
 def test_an_id_twice(tmp_path):

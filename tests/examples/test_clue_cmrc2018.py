@@ -9,6 +9,7 @@ import pytest
 import run
 import span_extraction
 import submit
+from clue_files import check_damage
 from data import Split, TaskData
 from errors import UserError
 from metrics import exact_match, f1_score, to_units
@@ -129,6 +130,10 @@ def test_broken_files(tmp_path, content, message):
         cmrc2018.load(tmp_path)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 500
+
+
+def test_damaged_files_end_in_one_line(directory):
+    check_damage(cmrc2018.load, directory)
 
 
 def test_ids_of_a_test_are_unique(directory):

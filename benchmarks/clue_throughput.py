@@ -291,7 +291,7 @@ def keras_case(name: str, directory: Path, data, settings, seed: int, kernel) ->
     import keras
 
     keras.utils.set_random_seed(seed)
-    start = {"model": str(directory), "vocab": None, "cased": False}
+    start = {"model": str(directory), "family": None, "vocab": None, "cased": False}
     tokenizer, trunk = encoder.build(start, settings, data)
     rows = [classification.encode(tokenizer, s, data, settings) for s in data.splits[:2]]
     train, dev = finetune.make_batches(rows, settings, seed)

@@ -78,7 +78,7 @@ def experiment(
 ) -> Iterator[tuple[str, int, float, float]]:
     """(model, weights, dev accuracy, training seconds) of the full model and its successors."""
     keras.utils.set_random_seed(seed)
-    scratch = {"model": None, "vocab": None, "cased": False}
+    scratch = {"model": None, "family": None, "vocab": None, "cased": False}
     tokenizer, trunk = encoder.build(scratch, settings, data)
     rows = [classification.encode(tokenizer, part, data, settings) for part in data.splits]
     batches, dev = finetune.make_batches(rows, settings, seed)

@@ -15,7 +15,17 @@ SAMPLE = Path(__file__).resolve().parent / "sample"
 PATHS = ("data", "model", "vocab", "theseus")
 
 # What a compressed model has from the one it comes from.
-THE_TEACHERS = ("model", "vocab", "cased", "layers", "hidden", "head", "pooling", "max_length")
+THE_TEACHERS = (
+    "model",
+    "family",
+    "vocab",
+    "cased",
+    "layers",
+    "hidden",
+    "head",
+    "pooling",
+    "max_length",
+)
 
 
 def make_config(given: dict[str, Any]) -> dict[str, Any]:
@@ -34,6 +44,7 @@ def make_config(given: dict[str, Any]) -> dict[str, Any]:
     defaults = {
         "data": str(SAMPLE / task),
         "model": None,
+        "family": None,
         "vocab": None,
         "cased": False,
         "theseus": None,

@@ -31,11 +31,14 @@ def build(
         UserError: files are missing, or do not fit each other.
     """
     lowercase = False if config["cased"] else None
+    family = config["family"]
     try:
         if config["model"] is None:
-            tokenizer, encoder = _from_scratch(config["vocab"], lowercase, settings, data)
+            vocabulary = config["vocab"]
+            tokenizer, encoder = _from_scratch(vocabulary, family, lowercase, settings, data)
         else:
-            tokenizer, encoder = _pretrained(Path(config["model"]), lowercase, settings)
+            directory = Path(config["model"])
+            tokenizer, encoder = _pretrained(directory, family, lowercase, settings)
     except (OSError, ValueError) as error:
         # Causes are told over several lines where there are several.
         raise UserError(" ".join(str(error).split())) from error
@@ -62,30 +65,39 @@ def small_bert(
 
 
 def _pretrained(
-    directory: Path, lowercase: bool | None, settings: Settings
+    directory: Path, family: str | None, lowercase: bool | None, settings: Settings
 ) -> tuple[WordPieceTokenizer, keras.Model]:
     sizes_file = _first_of(directory, "bert_config.json", "config.json")
     sizes = json.loads(sizes_file.read_text(encoding="utf-8"))
     vocabulary = _first_of(directory, "tokenizer.json", "vocab.txt")
     tokenizer = WordPieceTokenizer(vocabulary, lowercase)
     encoder = build_transformer_model(
-        sizes, directory, dropout=settings.dropout, attention_dropout=settings.dropout
+        sizes,
+        directory,
+        family,
+        dropout=settings.dropout,
+        attention_dropout=settings.dropout,
     )
     if len(tokenizer.vocabulary) > sizes["vocab_size"]:
         raise ValueError(
             f"{vocabulary} has {len(tokenizer.vocabulary)} tokens, but vocab_size in "
             f"{sizes_file} is {sizes['vocab_size']}: put the vocabulary of the model there."
         )
-    if settings.max_length > sizes.get("max_position_embeddings", 512):
-        raise ValueError(
-            f"--max-length {settings.max_length} exceeds max_position_embeddings "
-            f"{sizes['max_position_embeddings']} in {sizes_file}: give at most that."
-        )
+    for layer in encoder.layers:  # other positions have no limit
+        if layer.name == "position_embedding" and settings.max_length > layer.max_length:
+            raise ValueError(
+                f"--max-length {settings.max_length} exceeds max_position_embeddings "
+                f"{layer.max_length} in {sizes_file}: give at most that."
+            )
     return tokenizer, encoder
 
 
 def _from_scratch(
-    vocabulary: str | None, lowercase: bool | None, settings: Settings, data: TaskData
+    vocabulary: str | None,
+    family: str | None,
+    lowercase: bool | None,
+    settings: Settings,
+    data: TaskData,
 ) -> tuple[WordPieceTokenizer, keras.Model]:
     if vocabulary is not None and not Path(vocabulary).is_file():
         raise FileNotFoundError(f"{vocabulary} is missing: give another --vocab, or none.")
@@ -98,7 +110,7 @@ def _from_scratch(
         positions=settings.max_length,
         dropout=settings.dropout,
     )
-    return tokenizer, build_transformer_model(sizes)
+    return tokenizer, build_transformer_model(sizes, model=family)
 
 
 def _first_of(directory: Path, *names: str) -> Path:

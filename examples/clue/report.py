@@ -68,7 +68,8 @@ def collect(folder: Path) -> dict[str, Row]:
 
 def model_name(config: dict[str, Any]) -> str:
     """What a run is compared by: the pretrained model, or the size from scratch."""
-    name = f"from scratch, {config['layers']}x{config['hidden']}"
+    family = f"{config['family']} " if config["family"] else ""
+    name = f"{family}from scratch, {config['layers']}x{config['hidden']}"
     if config["model"] is not None:
         name = Path(config["model"]).name
     return f"{name}, half of its blocks" if config["theseus"] else name

@@ -139,6 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--download", action="store_true", default=False, help="fetch what --data lacks")
     add("--mirror", default=MIRROR, help="where from (default: %(default)s)")
     add("--model", help="directory of a pretrained BERT: configuration, vocabulary, checkpoint")
+    add("--family", help="albert, electra, nezha, ... (default: as the model says, or bert)")
     add("--theseus", metavar="RUN", help="compress the model of a finished run to half of it")
     add("--vocab", help="vocabulary from scratch (default: made from the training texts)")
     add("--cased", action="store_true", help="keep case and accents of a vocab.txt")

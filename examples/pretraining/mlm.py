@@ -1,4 +1,4 @@
-"""Pretrain a small BERT on plain text: masked language modelling with whole-word masks.
+"""Pretrain a small BERT, or relative, on plain text: whole-word masked language modelling.
 
     python examples/pretraining/mlm.py --text corpus.txt more/ --output runs/bert
     python examples/clue/run.py tnews --data path/to/tnews --model runs/bert/model
@@ -40,6 +40,15 @@ FLAGS: dict[str, tuple[Any, float, str]] = {
     "seed": (0, 0, "of weights, order and masks"),
 }
 PARTS = ("dropout", "warmup", "held_out")
+FAMILIES = (
+    "albert",
+    "bert",
+    "electra_generator",
+    "gau_alpha",
+    "nezha",
+    "roformer",
+    "roformer_v2",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,6 +83,7 @@ def make_config(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
         "task": "mlm",
         "text": [],
         "vocab": None,
+        "family": "bert",
         "backend": os.environ.get("KERAS_BACKEND", "tensorflow"),
         "jit_compile": "auto",
         **{name: default for name, (default, _, _) in FLAGS.items()},
@@ -98,6 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--text", nargs="+", metavar="PATH", help="UTF-8 files and directories of them")
     add("--vocab", help="vocabulary, a token a line (default: made from the text)")
+    add("--family", choices=FAMILIES, help="of models (default: bert)")
     add("--output", type=Path, help="run directory (default: runs/mlm-HASH OF THE FLAGS)")
     add("--resume", action="store_true", default=False, help="go on with a run that was ended")
     add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND, otherwise tensorflow")

@@ -21,7 +21,7 @@ from run_directory import RunDirectory, replacing
 from schedule import WarmupDecay
 from state import load_state, save_state
 
-from keras_ext.models import build_transformer_model, save_transformer_model
+from keras_ext.models import FAMILIES, save_transformer_model
 from keras_ext.text import WordPieceTokenizer, build_vocabulary
 
 
@@ -43,7 +43,7 @@ def pretrain(config: dict[str, Any], run: RunDirectory) -> None:
         positions=config["length"],
         dropout=config["dropout"],
     )
-    model = build_model(sizes)
+    model = build_model(sizes, config["family"])
     compile_model(model, config)
     history = load_state(run / "state.npz", model)
     console = Console()
@@ -60,7 +60,7 @@ def pretrain(config: dict[str, Any], run: RunDirectory) -> None:
             steps = range(step, min(step + config["save_every"], config["steps"]))
             history.append(train_steps(model, Batches(train, steps), held_out, bar))
             console.print(told(history[-1], config), highlight=False, soft_wrap=True)
-            save_transformer_model(model, run / "model", sizes)
+            save_transformer_model(model, run / "model", sizes, config["family"])
             save(model, history, run)
     run.write_json("result.json", history[-1])
     (run / "text.npz").unlink(missing_ok=True)
@@ -133,24 +133,22 @@ class Batches(keras.utils.PyDataset):
         return self.text.draw(self.steps[index]).batch()
 
 
-def build_model(sizes: dict[str, Any]) -> keras.Model:
+def build_model(sizes: dict[str, Any], family: str) -> keras.Model:
     """`[token_ids, segment_ids, positions]` -> logits (batch, places, vocabulary).
 
-    A BERT gives logits at all positions. Of a small one on a CPU the projection to the
+    `with_mlm` gives logits at all positions. Of a small model on a CPU the projection to the
     vocabulary would take most of the time then, so here the positions to predict are picked
     out before it.
     """
     try:
-        bert = build_transformer_model(sizes, with_mlm=True)
+        transformer = FAMILIES[family].from_config(sizes)
     except ValueError as error:
         raise UserError(f"{error}") from error
+    inputs, token_embedding, hidden = transformer.trunk()
     length = sizes["max_position_embeddings"]
     positions = keras.Input((places(length),), dtype="int32", name="positions")
-    hidden = ops.take_along_axis(bert.outputs[0], positions[:, :, None], axis=1)
-    for name in ("mlm_dense", "mlm_norm"):
-        hidden = bert.get_layer(name)(hidden)  # (batch, places, hidden)
-    logits = bert.get_layer("token_embedding")(hidden, reverse=True)
-    return keras.Model([*bert.inputs, positions], bert.get_layer("mlm_bias")(logits))
+    hidden = ops.take_along_axis(hidden, positions[:, :, None], axis=1)
+    return keras.Model([*inputs, positions], transformer.mlm(hidden, token_embedding))
 
 
 def compile_model(model: keras.Model, config: dict[str, Any]) -> None:

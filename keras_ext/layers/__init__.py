@@ -7,6 +7,7 @@ from keras_ext.layers.attention.favor import (
     random_features,
 )
 from keras_ext.layers.attention.feature_sums import linear_attention
+from keras_ext.layers.attention.gated import GatedAttentionBlock, GatedAttentionUnit
 from keras_ext.layers.attention.linear import LinearAttention
 from keras_ext.layers.attention.multi_head import MultiHeadAttention, dot_product_attention
 from keras_ext.layers.attention.polynomial import PolynomialAttention, polynomial_features
@@ -31,6 +32,7 @@ from keras_ext.layers.linear_chain import (
     crf_negative_log_likelihood,
     crf_path_score,
 )
+from keras_ext.layers.norms import RMSNorm
 from keras_ext.layers.theseus import TheseusModule
 from keras_ext.layers.transformer import FeedForward, TransformerBlock, gelu_tanh
 
@@ -41,12 +43,15 @@ __all__ = [
     "EfficientGlobalPointer",
     "FavorAttention",
     "FeedForward",
+    "GatedAttentionBlock",
+    "GatedAttentionUnit",
     "GlobalPointer",
     "GradientReversal",
     "LinearAttention",
     "MultiHeadAttention",
     "PolynomialAttention",
     "PositionEmbedding",
+    "RMSNorm",
     "ReRoPE",
     "RelativePosition",
     "RotaryPosition",

@@ -37,6 +37,7 @@ class FeedForward(keras.layers.Layer):
         units: width between the two layers.
         activation: of the first layer. Default: "gelu" (exact, by erf).
         kernel_initializer: of both layers. Default: "glorot_uniform".
+        use_bias: of both layers. Default: True.
 
     Call arguments:
         inputs: (..., width). The output is like it.
@@ -51,11 +52,13 @@ class FeedForward(keras.layers.Layer):
         units: int,
         activation: Any = "gelu",
         kernel_initializer: Any = "glorot_uniform",
+        use_bias: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.supports_masking = True
         self.units = units
+        self.use_bias = use_bias
         self.activation = keras.activations.get(activation)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.intermediate_dense = self._dense("intermediate_dense", units, self.activation)
@@ -64,6 +67,7 @@ class FeedForward(keras.layers.Layer):
         return keras.layers.Dense(
             units,
             activation=activation,
+            use_bias=self.use_bias,
             kernel_initializer=self.kernel_initializer.clone(),
             name=name,
             dtype=self.dtype_policy,
@@ -86,12 +90,13 @@ class FeedForward(keras.layers.Layer):
             "units": self.units,
             "activation": keras.activations.serialize(self.activation),
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "use_bias": self.use_bias,
         }
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
 class TransformerBlock(keras.layers.Layer):
-    """A post-norm Transformer block around any attention and any feed-forward layer.
+    """A post-norm Transformer block around any attention, feed-forward and norm.
 
     Sublayers: those given, `attention_norm` and `feed_forward_norm`.
 
@@ -100,7 +105,8 @@ class TransformerBlock(keras.layers.Layer):
             block is; it finds the padding as the Keras mask of the memory.
         feed_forward: layer called as `feed_forward(h)`.
         dropout: rate of dropout on the output of either. Default: 0.
-        epsilon: of the layer norms. Default: 1e-12.
+        norm: what normalises after either, a layer that two are made like. Default:
+            `LayerNormalization(epsilon=1e-12)`.
 
     Call arguments:
         inputs: (batch, length, width). The output is like it.
@@ -118,7 +124,7 @@ class TransformerBlock(keras.layers.Layer):
         attention: keras.layers.Layer,
         feed_forward: keras.layers.Layer,
         dropout: float = 0.0,
-        epsilon: float = 1e-12,
+        norm: keras.layers.Layer | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -126,16 +132,11 @@ class TransformerBlock(keras.layers.Layer):
         self.attention = attention
         self.feed_forward = feed_forward
         self.dropout = dropout
-        self.epsilon = epsilon
-        self.attention_norm = self._norm("attention_norm")
-        self.feed_forward_norm = self._norm("feed_forward_norm")
+        self.norm_config = norm_config(norm)
+        self.attention_norm = named_norm(self.norm_config, "attention_norm", self)
+        self.feed_forward_norm = named_norm(self.norm_config, "feed_forward_norm", self)
         self.dropout_layer = keras.layers.Dropout(
             dropout, name="dropout", dtype=self.dtype_policy
-        )
-
-    def _norm(self, name: str) -> keras.layers.LayerNormalization:
-        return keras.layers.LayerNormalization(
-            epsilon=self.epsilon, name=name, dtype=self.dtype_policy
         )
 
     def build(self, inputs_shape: tuple) -> None:
@@ -182,12 +183,12 @@ class TransformerBlock(keras.layers.Layer):
             "attention": serialize_unbuilt(self.attention),
             "feed_forward": serialize_unbuilt(self.feed_forward),
             "dropout": self.dropout,
-            "epsilon": self.epsilon,
+            "norm": self.norm_config,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "TransformerBlock":
-        layers = ("attention", "feed_forward")
+        layers = ("attention", "feed_forward", "norm")
         built = {name: keras.saving.deserialize_keras_object(config[name]) for name in layers}
         return cls(**{**config, **built})
 
@@ -197,3 +198,20 @@ def serialize_unbuilt(part: Any) -> Any:
     # checkpoint tables rely on; rebuilt by itself, they would not.
     config = keras.saving.serialize_keras_object(part)
     return config and {key: value for key, value in config.items() if key != "build_config"}
+
+
+def norm_config(norm: keras.layers.Layer | None) -> dict[str, Any]:
+    """What `named_norm` makes layers of: the layer serialised, BERT's where there is none."""
+    config = serialize_unbuilt(norm or keras.layers.LayerNormalization(epsilon=1e-12))
+    # While it loads a model, Keras marks what it takes for one and the same object; here it
+    # would be two norms, or those of another block.
+    return {key: value for key, value in config.items() if key != "shared_object_id"}
+
+
+def named_norm(
+    config: dict[str, Any], name: str, parent: keras.layers.Layer
+) -> keras.layers.Layer:
+    """A layer of this configuration, with a name and its parent's dtype."""
+    dtype = keras.dtype_policies.serialize(parent.dtype_policy)
+    named = {**config["config"], "name": name, "dtype": dtype}
+    return keras.saving.deserialize_keras_object({**config, "config": named})

@@ -1,20 +1,35 @@
 """Transformers and their checkpoints."""
 
+from keras_ext.models.albert import ALBERT
 from keras_ext.models.bert import BERT
 from keras_ext.models.build import (
+    FAMILIES,
     build_transformer_model,
     load_checkpoint,
     save_transformer_model,
 )
 from keras_ext.models.checkpoints import CheckpointReport
+from keras_ext.models.electra import ELECTRA, ELECTRAGenerator
+from keras_ext.models.gau_alpha import GAUAlpha
 from keras_ext.models.hwfa import hwfa_layers
+from keras_ext.models.nezha import NEZHA
+from keras_ext.models.roformer import RoFormer
+from keras_ext.models.roformer_v2 import RoFormerV2
 from keras_ext.models.surgery import replace_attention
 from keras_ext.models.tta import TTA
 
 __all__ = [
+    "ALBERT",
     "BERT",
+    "ELECTRA",
+    "FAMILIES",
+    "NEZHA",
     "TTA",
     "CheckpointReport",
+    "ELECTRAGenerator",
+    "GAUAlpha",
+    "RoFormer",
+    "RoFormerV2",
     "build_transformer_model",
     "hwfa_layers",
     "load_checkpoint",

@@ -7,18 +7,20 @@
     nsp    = pooled W + b                                logits of (next, random)
 
 This file is the family: its configuration, its layers and the names its weights have in
-checkpoints. A relative of BERT is a subclass that overrides `embed`, `block` or `names`.
+checkpoints. RoBERTa-wwm, MacBERT, RBT3 and the models of UER are BERTs. A relative of BERT is
+a file with a subclass that overrides what differs: `position`, `embed`, `encode`, `block`.
 
 Layer names are part of the API: `token_ids`, `segment_ids`, `token_embedding`,
-`segment_embedding`, `position_embedding`, `embedding_norm`, `embedding_dropout`, `encoder_0`
-and so on, `mlm_dense`, `mlm_norm`, `mlm_bias`, `pooler`, `nsp`. The input of `mlm_bias` is a
-second call of `token_embedding`.
+`segment_embedding`, `position_embedding`, `embedding_norm`, `embedding_dropout`,
+`embedding_projection` where embeddings are narrower than the blocks, `encoder_0` and so on,
+`mlm_dense`, `mlm_norm`, `mlm_bias`, `pooler`, `nsp`. The input of `mlm_bias` is a second call
+of `token_embedding`.
 
 Source: Devlin et al. 2018, arXiv 1810.04805; github.com/google-research/bert.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import keras
@@ -31,17 +33,12 @@ ACTIVATIONS = {
     "gelu_new": layers.gelu_tanh,
     "gelu_pytorch_tanh": layers.gelu_tanh,
     "relu": keras.activations.relu,
+    "silu": keras.activations.silu,
+    "swish": keras.activations.silu,
 }
 
-# Fields that other models of the same configuration format vary, and BERT does not.
-IMPLIED = {
-    "model_type": "bert",
-    "pad_token_id": 0,
-    "position_embedding_type": "absolute",
-    "use_relative_position": False,
-    "is_decoder": False,
-    "tie_word_embeddings": True,
-}
+# Fields of the same configuration format with which a model would be none of those here.
+IMPLIED = {"pad_token_id": 0, "is_decoder": False, "tie_word_embeddings": True}
 
 # The same fields as UER names them.
 UER_FIELDS = {
@@ -58,11 +55,14 @@ NORM = (("gamma", "gamma", "weight"), ("beta", "beta", "bias"))
 NSP = (("kernel", "output_weights.T", "weight.T"), ("bias", "output_bias", "bias"))
 
 
-def _table(name: str) -> tuple[tuple[str, str, str], ...]:
+def table(name: str) -> tuple[tuple[str, str, str], ...]:
+    """The weight of an embedding."""
     return (("embeddings", name, f"{name}.weight"),)
 
 
 # Layer, its scope in a TensorFlow checkpoint (with dots it is Hugging Face's), its weights.
+Layers = Iterable[tuple[str, str, tuple[tuple[str, str, str], ...]]]
+
 IN_BLOCK = (
     ("attention/query_dense", "attention/self/query", DENSE),
     ("attention/key_dense", "attention/self/key", DENSE),
@@ -73,12 +73,16 @@ IN_BLOCK = (
     ("feed_forward/output_dense", "output/dense", DENSE),
     ("feed_forward_norm", "output/LayerNorm", NORM),
 )
-LAYERS = (
-    ("token_embedding", "bert/embeddings", _table("word_embeddings")),
-    ("segment_embedding", "bert/embeddings", _table("token_type_embeddings")),
-    ("position_embedding", "bert/embeddings", _table("position_embeddings")),
+EMBEDDINGS = (
+    ("token_embedding", "bert/embeddings", table("word_embeddings")),
+    ("segment_embedding", "bert/embeddings", table("token_type_embeddings")),
+    ("position_embedding", "bert/embeddings", table("position_embeddings")),
     ("embedding_norm", "bert/embeddings/LayerNorm", NORM),
-    *(("encoder_{i}/" + ours, "bert/encoder/layer_{i}/" + s, w) for ours, s, w in IN_BLOCK),
+)
+BLOCKS = tuple(
+    ("encoder_{i}/" + ours, "bert/encoder/layer_{i}/" + s, w) for ours, s, w in IN_BLOCK
+)
+HEADS = (
     ("mlm_dense", "cls/predictions/transform/dense", DENSE),
     ("mlm_norm", "cls/predictions/transform/LayerNorm", NORM),
     ("mlm_bias", "cls/predictions", (("bias", "output_bias", "bias"),)),
@@ -86,38 +90,54 @@ LAYERS = (
     ("nsp", "cls/seq_relationship", NSP),
 )
 
-TENSORFLOW = NameTable(
-    weights={
-        f"{layer}/{ours}": f"{scope}/{theirs}"
-        for layer, scope, weights in LAYERS
-        for ours, theirs, _ in weights
-    },
-    ignored={r"/adam_[mv]$": "optimizer slot", r"^global_step$": "step counter"},
-)
 
-HUGGINGFACE = NameTable(
-    weights={
-        f"{layer}/{ours}": f"{scope}/{theirs}".replace("/", ".").replace("layer_", "layer.")
-        for layer, scope, weights in LAYERS
-        for ours, _, theirs in weights
-    },
-    ignored={
-        r"\.position_ids$": "constant",
-        r"^cls\.predictions\.decoder\.": "tied to the token embedding and the MLM bias",
-    },
-    renamed={
-        r"^(embeddings|encoder|pooler)\.": r"bert.\1.",  # a BertModel saved without heads
-        r"\.LayerNorm\.gamma$": ".LayerNorm.weight",
-        r"\.LayerNorm\.beta$": ".LayerNorm.bias",
-    },
-)
+LAYERS = (*EMBEDDINGS, *BLOCKS, *HEADS)
+
+
+TIED = "tied to the token embedding and the MLM bias"
+
+
+def tensorflow_names(layers: Layers, model: str = "bert") -> NameTable:
+    """The names in TensorFlow checkpoints, of a model whose scope is `model`."""
+    return NameTable(
+        weights={
+            f"{layer}/{ours}": f"{scope}/{theirs}".replace("bert/", f"{model}/")
+            for layer, scope, weights in layers
+            for ours, theirs, _ in weights
+        },
+        ignored={r"/adam_[mv]$": "optimizer slot", r"^global_step$": "step counter"},
+    )
+
+
+def huggingface_names(layers: Layers, model: str = "bert") -> NameTable:
+    """The names in Hugging Face checkpoints, of a model whose prefix is `model`."""
+    return NameTable(
+        weights={
+            f"{layer}/{ours}": f"{scope}/{theirs}".replace("bert/", f"{model}.")
+            .replace("/", ".")
+            .replace("layer_{i}", "layer.{i}")
+            for layer, scope, weights in layers
+            for ours, _, theirs in weights
+        },
+        ignored={
+            r"\.(position_ids|embed_positions\.weight|positions_encoding)$": "constant",
+            r"(predictions\.decoder|generator_lm_head\.weight)": TIED,
+        },
+        renamed={
+            # A model saved without heads.
+            r"^(embeddings|encoder|pooler)": rf"{model}.\1",
+            r"\.LayerNorm\.gamma$": ".LayerNorm.weight",
+            r"\.LayerNorm\.beta$": ".LayerNorm.bias",
+        },
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BERT:
     """The sizes of a BERT, and how it is built from them.
 
-    The fields are those of `bert_config.json`; the first five have no default.
+    The fields are those of `bert_config.json`; the first five have no default, and
+    `embedding_size`, the width of the embeddings, is `hidden_size` by default.
 
     Raises:
         ValueError: the activation is unknown, or the heads do not divide the width.
@@ -133,6 +153,7 @@ class BERT:
     num_hidden_layers: int
     num_attention_heads: int
     intermediate_size: int
+    embedding_size: int | None = None
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
@@ -141,12 +162,29 @@ class BERT:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
 
-    names: ClassVar[Mapping[str, NameTable]] = {
-        "tensorflow": TENSORFLOW,
-        "huggingface": HUGGINGFACE,
+    family: ClassVar[str] = "bert"  # `model_type` of its configurations
+    # Fields of configurations that it does not have, with the only values that fit it.
+    implied: ClassVar[Mapping[str, Any]] = {
+        **IMPLIED,
+        "position_embedding_type": "absolute",
+        "use_relative_position": False,
     }
+    names: ClassVar[Mapping[str, NameTable]] = {
+        "tensorflow": tensorflow_names(LAYERS),
+        "huggingface": huggingface_names(LAYERS),
+    }
+    learned_positions: ClassVar[bool] = True
+    use_bias: ClassVar[bool] = True  # in the blocks
+    narrow_embeddings: ClassVar[bool] = False  # whether embedding_size may differ
 
     def __post_init__(self) -> None:
+        if self.embedding_size is None:
+            object.__setattr__(self, "embedding_size", self.hidden_size)  # it is frozen
+        if not self.narrow_embeddings and self.embedding_size != self.hidden_size:
+            raise ValueError(
+                f"embedding_size must be hidden_size={self.hidden_size} for "
+                f"{type(self).__name__}, got {self.embedding_size}."
+            )
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(
                 f"hidden_act must be one of {', '.join(ACTIVATIONS)}, got {self.hidden_act!r}."
@@ -166,9 +204,11 @@ class BERT:
             ValueError: a required field is missing, or a field asks for another architecture.
         """
         config = {UER_FIELDS.get(key, key): value for key, value in config.items()}
-        for key, value in {**IMPLIED, "embedding_size": config.get("hidden_size")}.items():
+        for key, value in {**cls.implied, "model_type": cls.family}.items():
             if config.get(key, value) not in (value, None):
-                raise ValueError(f"{key} must be {value!r} for BERT, got {config[key]!r}.")
+                raise ValueError(
+                    f"{key} must be {value!r} for {cls.__name__}, got {config[key]!r}."
+                )
         fields = dataclasses.fields(cls)
         for field in fields:
             if field.default is dataclasses.MISSING and field.name not in config:
@@ -180,83 +220,140 @@ class BERT:
         with_mlm: bool = False,
         with_nsp: bool = False,
         with_pool: bool = False,
-        name: str = "bert",
+        name: str | None = None,
     ) -> keras.Model:
         """The functional model with fresh weights; see `build_transformer_model`."""
+        inputs, token_embedding, hidden = self.trunk()
+        outputs = [hidden]  # (batch, length, hidden_size)
+        if with_mlm:
+            outputs.append(self.mlm(hidden, token_embedding))  # (batch, length, vocab_size)
+        if with_nsp or with_pool:
+            pooled = self.dense(self.hidden_size, "pooler", activation="tanh")(hidden[:, 0])
+        if with_nsp:
+            outputs.append(self.dense(2, "nsp")(pooled))  # (batch, 2)
+        if with_pool:
+            outputs.append(pooled)  # (batch, hidden_size)
+        return self.model(inputs, outputs, name)
+
+    def model(self, inputs: list, outputs: list, name: str | None) -> keras.Model:
+        """The model of one output, or of a list."""
+        outputs = outputs if len(outputs) > 1 else outputs[0]
+        return keras.Model(inputs, outputs, name=name or self.family)
+
+    def trunk(self) -> tuple[list, layers.TokenEmbedding, Any]:
+        """Inputs, the token embedding, and the last hidden states."""
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
         segment_ids = keras.Input((None,), dtype="int32", name="segment_ids")
         token_embedding = layers.TokenEmbedding(
             self.vocab_size,
-            self.hidden_size,
-            embeddings_initializer=self._initializer(),
+            self.embedding_size,
+            embeddings_initializer=self.table_initializer(),
             mask_zero=True,
             name="token_embedding",
         )
         hidden = self.embed(token_embedding(token_ids), segment_ids)
-        for i in range(self.num_hidden_layers):
-            hidden = self.block(name=f"encoder_{i}")(hidden)
-        outputs = [hidden]  # (batch, length, hidden_size)
-        if with_mlm:
-            outputs.append(self._mlm(hidden, token_embedding))  # (batch, length, vocab_size)
-        if with_nsp or with_pool:
-            pooled = self._dense(self.hidden_size, "pooler", activation="tanh")(hidden[:, 0])
-        if with_nsp:
-            outputs.append(self._dense(2, "nsp")(pooled))  # (batch, 2)
-        if with_pool:
-            outputs.append(pooled)  # (batch, hidden_size)
-        outputs = outputs if len(outputs) > 1 else hidden
-        return keras.Model([token_ids, segment_ids], outputs, name=name)
+        return [token_ids, segment_ids], token_embedding, self.encode(hidden)
 
-    def embed(self, tokens: keras.KerasTensor, segment_ids: keras.KerasTensor) -> Any:
-        """Add segments and positions to the token embeddings, normalise, drop."""
+    def embed(self, tokens: Any, segment_ids: Any) -> Any:
+        """Add segments and positions to the token embeddings, normalise, drop, widen."""
         hidden = layers.SegmentEmbedding(
             self.type_vocab_size,
-            embeddings_initializer=self._initializer(),
+            embeddings_initializer=self.table_initializer(),
             name="segment_embedding",
         )(tokens, segment_ids)
-        hidden = layers.PositionEmbedding(
-            self.max_position_embeddings,
-            embeddings_initializer=self._initializer(),
-            name="position_embedding",
-        )(hidden)
-        hidden = self._norm("embedding_norm")(hidden)
-        return keras.layers.Dropout(self.hidden_dropout_prob, name="embedding_dropout")(hidden)
+        if self.learned_positions:
+            hidden = layers.PositionEmbedding(
+                self.max_position_embeddings,
+                embeddings_initializer=self.table_initializer(),
+                name="position_embedding",
+            )(hidden)
+        hidden = self.norm("embedding_norm")(hidden)
+        hidden = keras.layers.Dropout(self.hidden_dropout_prob, name="embedding_dropout")(
+            hidden
+        )
+        if self.embedding_size == self.hidden_size:
+            return hidden
+        return self.dense(self.hidden_size, "embedding_projection")(hidden)
 
-    def block(self, name: str) -> layers.TransformerBlock:
+    def encode(self, hidden: Any) -> Any:
+        """All blocks."""
+        for i in range(self.num_hidden_layers):
+            hidden = self.block(name=f"encoder_{i}")(hidden)
+        return hidden
+
+    def block(self, name: str) -> keras.layers.Layer:
         """One encoder block."""
         return layers.TransformerBlock(
             layers.MultiHeadAttention(
                 self.num_attention_heads,
                 self.hidden_size // self.num_attention_heads,
                 dropout=self.attention_probs_dropout_prob,
-                kernel_initializer=self._initializer(),
+                position=self.position(),
+                use_bias=self.use_bias,
+                kernel_initializer=self.initializer(),
                 name="attention",
             ),
             layers.FeedForward(
                 self.intermediate_size,
                 activation=ACTIVATIONS[self.hidden_act],
-                kernel_initializer=self._initializer(),
+                kernel_initializer=self.initializer(),
+                use_bias=self.use_bias,
                 name="feed_forward",
             ),
             dropout=self.hidden_dropout_prob,
-            epsilon=self.layer_norm_eps,
+            norm=self.norm(),
             name=name,
         )
 
-    def _mlm(self, hidden: Any, token_embedding: layers.TokenEmbedding) -> Any:
+    def position(self) -> Any:
+        """What tells the attention of a block where tokens stand."""
+        return None
+
+    def mlm(self, hidden: Any, token_embedding: layers.TokenEmbedding) -> Any:
+        """Logits over the vocabulary."""
         activation = ACTIVATIONS[self.hidden_act]
-        hidden = self._dense(self.hidden_size, "mlm_dense", activation=activation)(hidden)
-        hidden = self._norm("mlm_norm")(hidden)
+        hidden = self.dense(self.embedding_size, "mlm_dense", activation=activation)(hidden)
+        hidden = self.norm("mlm_norm")(hidden)
         return layers.Bias(name="mlm_bias")(token_embedding(hidden, reverse=True))
 
-    def _dense(self, units: int, name: str, activation: Any = None) -> keras.layers.Dense:
+    def dense(self, units: int, name: str, activation: Any = None) -> keras.layers.Dense:
         return keras.layers.Dense(
-            units, activation=activation, kernel_initializer=self._initializer(), name=name
+            units, activation=activation, kernel_initializer=self.initializer(), name=name
         )
 
-    def _norm(self, name: str) -> keras.layers.LayerNormalization:
+    def norm(self, name: str | None = None) -> keras.layers.Layer:
         return keras.layers.LayerNormalization(epsilon=self.layer_norm_eps, name=name)
 
-    def _initializer(self) -> keras.initializers.Initializer:
-        # One for each layer: an initializer draws the same numbers again at its second use.
+    def initializer(self) -> keras.initializers.Initializer:
+        """Of a kernel: one for each layer, as it would draw the same numbers a second time."""
         return keras.initializers.TruncatedNormal(stddev=self.initializer_range)
+
+    def table_initializer(self) -> keras.initializers.Initializer:
+        """Of an embedding."""
+        return self.initializer()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of weights, by path, that are enough to tell all sizes."""
+        tables = {
+            "token_embedding": self.vocab_size,
+            "segment_embedding": self.type_vocab_size,
+        }
+        if self.learned_positions:
+            tables["position_embedding"] = self.max_position_embeddings
+        kernel, shape = self.block_kernel()
+        return {
+            **{f"{x}/embeddings": (rows, self.embedding_size) for x, rows in tables.items()},
+            **{f"encoder_{i}/{kernel}": shape for i in range(self.num_blocks)},
+        }
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks with weights of their own."""
+        return self.num_hidden_layers
+
+    def block_kernel(self) -> tuple[str, tuple[int, int]]:
+        """The kernel of a block that tells its sizes: its path there, and its shape."""
+        return "feed_forward/intermediate_dense/kernel", (
+            self.hidden_size,
+            self.intermediate_size,
+        )

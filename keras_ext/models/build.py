@@ -5,18 +5,35 @@ its weights are named in checkpoints.
 """
 
 import dataclasses
+import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import keras
 
+from keras_ext.models.albert import ALBERT
 from keras_ext.models.bert import BERT
 from keras_ext.models.checkpoints import CheckpointReport, load_weights, save_weights
+from keras_ext.models.electra import ELECTRA, ELECTRAGenerator
+from keras_ext.models.gau_alpha import GAUAlpha
+from keras_ext.models.nezha import NEZHA
+from keras_ext.models.roformer import RoFormer
+from keras_ext.models.roformer_v2 import RoFormerV2
 
-FAMILIES = {"bert": BERT}
+# What `model` may be -> the sizes of such a model, and how it is built.
+FAMILIES: dict[str, type[BERT]] = {
+    "albert": ALBERT,
+    "bert": BERT,
+    "electra": ELECTRA,
+    "electra_generator": ELECTRAGenerator,
+    "gau_alpha": GAUAlpha,
+    "nezha": NEZHA,
+    "roformer": RoFormer,
+    "roformer_v2": RoFormerV2,
+}
 
 CONFIG_FILES = ("bert_config.json", "config.json")
 
@@ -24,11 +41,12 @@ CONFIG_FILES = ("bert_config.json", "config.json")
 def build_transformer_model(
     config: str | os.PathLike | Mapping[str, Any],
     checkpoint: str | os.PathLike | None = None,
-    model: str = "bert",
+    model: str | None = None,
     *,
     with_mlm: bool = False,
     with_nsp: bool = False,
     with_pool: bool = False,
+    with_discriminator: bool = False,
     dropout: float | None = None,
     attention_dropout: float | None = None,
 ) -> keras.Model:
@@ -42,10 +60,15 @@ def build_transformer_model(
         config: a JSON file, a directory with `bert_config.json` or `config.json`, or a dict.
         checkpoint: prefix or directory of a TensorFlow checkpoint, or directory of a Hugging
             Face model with safetensors. Default: fresh weights.
-        model: the family: "bert".
+        model: the family: "albert", "bert" (also RoBERTa-wwm, MacBERT, RBT3), "electra",
+            "electra_generator", "gau_alpha", "nezha", "roformer" or "roformer_v2". Default: the
+            `model_type` of the configuration, or "bert" where it has none.
         with_mlm: add the logits of the masked language model, (batch, length, vocabulary).
-        with_nsp: add the logits of next-sentence prediction, (batch, 2).
+        with_nsp: add the logits of next-sentence prediction, of ALBERT of the order of
+            sentences, (batch, 2).
         with_pool: add the pooled first token, (batch, hidden).
+        with_discriminator: add the logits of ELECTRA, positive where a token is replaced,
+            (batch, length).
         dropout: rate on embeddings and sublayer outputs. Default: that of the configuration.
         attention_dropout: rate on attention weights. Default: that of the configuration.
 
@@ -54,8 +77,8 @@ def build_transformer_model(
         variable and weight. Weights that the checkpoint lacks are warned about.
 
     Raises:
-        ValueError: the family is unknown, the configuration incomplete or not of this family,
-            or the checkpoint does not fit.
+        ValueError: the family is unknown or has no such head, the configuration is incomplete
+            or not of this family, or the checkpoint does not fit.
         FileNotFoundError: configuration or checkpoint is absent.
 
     Example:
@@ -63,11 +86,20 @@ def build_transformer_model(
         >>> bert = build_transformer_model(directory, directory, with_pool=True)
         >>> hidden, pooled = bert([token_ids, segment_ids])
     """
-    family = _family(model).from_config(_read_config(config))
+    config = _read_config(config)
+    family = _family(model or config.get("model_type") or "bert").from_config(config)
+    asked = {
+        "with_mlm": with_mlm,
+        "with_nsp": with_nsp,
+        "with_pool": with_pool,
+        "with_discriminator": with_discriminator,
+    }
+    heads = {head: True for head, wanted in asked.items() if wanted}
+    _check_heads(family, heads)
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": attention_dropout}
     given = {name: rate for name, rate in rates.items() if rate is not None}
     family = dataclasses.replace(family, **given)
-    transformer = family.build(with_mlm=with_mlm, with_nsp=with_nsp, with_pool=with_pool)
+    transformer = family.build(**heads)
     if checkpoint is not None:
         transformer.checkpoint_report = load_weights(transformer, checkpoint, family.names)
     return transformer
@@ -141,21 +173,24 @@ def save_transformer_model(
     directory.mkdir(parents=True, exist_ok=True)
     save_weights(model, directory, sizes.names["huggingface"])
     partial = directory / f"partial-{name}"
-    content = {"model_type": family, **dataclasses.asdict(sizes)}
+    content = {"model_type": sizes.family, **dataclasses.asdict(sizes)}
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, directory / name)
 
 
+def _check_heads(family: BERT, heads: Iterable[str]) -> None:
+    known = [name for name in inspect.signature(family.build).parameters if name != "name"]
+    for head in heads:
+        if head not in known:
+            raise ValueError(
+                f"{type(family).__name__} has no head for {head}. It has: {', '.join(known)}."
+            )
+
+
 def _check_sizes(model: keras.Model, sizes: BERT) -> None:
     shapes = {weight.path: tuple(weight.shape) for weight in model.weights}
-    stated = {
-        "token_embedding/embeddings": (sizes.vocab_size, sizes.hidden_size),
-        "segment_embedding/embeddings": (sizes.type_vocab_size, sizes.hidden_size),
-        "position_embedding/embeddings": (sizes.max_position_embeddings, sizes.hidden_size),
-    }
-    kernel = "feed_forward/intermediate_dense/kernel"
-    for i in range(sizes.num_hidden_layers):
-        stated[f"encoder_{i}/{kernel}"] = (sizes.hidden_size, sizes.intermediate_size)
+    stated = sizes.shapes()
+    kernel, _ = sizes.block_kernel()
     blocks = {path for path in shapes if path.endswith(kernel)}
     for path in sorted(stated.keys() | blocks):
         if shapes.get(path) != stated.get(path):

@@ -45,11 +45,13 @@ class NameTable:
         weights: path of a model weight -> name of the checkpoint variable.
         ignored: pattern of variables that no model needs -> the reason.
         renamed: pattern -> replacement, applied to the checkpoint's names first, in order.
+        fallbacks: pattern -> replacement: a variable to read where one is absent.
     """
 
     weights: Mapping[str, str]
     ignored: Mapping[str, str]
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fallbacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def source(self, path: str) -> tuple[str | None, bool]:
         """The checkpoint's name of a model weight, and whether it is stored transposed."""
@@ -61,9 +63,11 @@ class NameTable:
 
     def canonical(self, name: str) -> str:
         """The name of a checkpoint variable as the table spells it."""
-        for pattern, replacement in self.renamed.items():
-            name = re.sub(pattern, replacement, name)
-        return name
+        return _replaced(name, self.renamed)
+
+    def fallback(self, name: str) -> str:
+        """The variable to read in the place of one that the checkpoint lacks."""
+        return _replaced(name, self.fallbacks)
 
     def reason_to_ignore(self, name: str) -> str:
         """Why no weight of the model asked for this variable."""
@@ -159,10 +163,12 @@ def load_weights(
     plan, fresh, mismatches = [], [], []
     for variable in model.weights:
         source, transposed = table.source(variable.path)
+        if source not in stored and source is not None:
+            source = table.fallback(source)
         if source not in stored:
             fresh.append(variable.path)
             continue
-        name = stored.pop(source)
+        name = stored[source]
         plan.append((variable, name, transposed))
         shape = reader.shapes[name][::-1] if transposed else reader.shapes[name]
         if tuple(variable.shape) != shape:
@@ -182,10 +188,16 @@ def load_weights(
         )
     for variable, name, transposed in plan:
         _assign(variable, reader.read(name), transposed)
+    loaded = {variable.path: name for variable, name, _ in plan}
+    used = set(loaded.values())
     report = CheckpointReport(
         checkpoint=os.fspath(checkpoint),
-        loaded={variable.path: name for variable, name, _ in plan},
-        ignored={name: table.reason_to_ignore(canonical) for canonical, name in stored.items()},
+        loaded=loaded,
+        ignored={
+            name: table.reason_to_ignore(canonical)
+            for canonical, name in stored.items()
+            if name not in used
+        },
         fresh=tuple(fresh),
     )
     logger.info("%s", report)
@@ -227,6 +239,12 @@ def save_weights(model: keras.Model, directory: str | os.PathLike, table: NameTa
         # Contiguous, as safetensors writes the buffer of an array whatever its strides.
         tensors[name] = np.ascontiguousarray(values.T if transposed else values)
     write_huggingface_checkpoint(directory, tensors)
+
+
+def _replaced(name: str, replacements: Mapping[str, str]) -> str:
+    for pattern, replacement in replacements.items():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _by_canonical_name(names: Iterable[str], table: NameTable) -> dict[str, str]:

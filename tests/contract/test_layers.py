@@ -44,6 +44,12 @@ def block(**kwargs: Any) -> layers.TransformerBlock:
     return layers.TransformerBlock(attention, layers.FeedForward(16, **parts), **kwargs)
 
 
+def gated_block(**kwargs: Any) -> layers.GatedAttentionBlock:
+    parts = {key: kwargs[key] for key in kwargs if key == "dtype"}
+    unit = layers.GatedAttentionUnit(16, 4, position=layers.RotaryPosition(), **parts)
+    return layers.GatedAttentionBlock(unit, norm=layers.RMSNorm(scale=False), **kwargs)
+
+
 def theseus_module(**kwargs: Any) -> layers.TheseusModule:
     parts = {key: kwargs[key] for key in kwargs if key == "dtype"}
     branches = [layers.FeedForward(size, **parts) for size in (16, 8)]
@@ -67,6 +73,8 @@ ROWS = [
         (HIDDEN, MEMORY),
     ),
     Row("FeedForward", lambda **k: layers.FeedForward(16, layers.gelu_tanh, **k), (HIDDEN,)),
+    Row("GatedAttentionBlock", gated_block, (HIDDEN,)),
+    Row("GatedAttentionUnit", lambda **k: layers.GatedAttentionUnit(16, 4, **k), (HIDDEN,)),
     Row("GlobalPointer", lambda **k: layers.GlobalPointer(3, 4, **k), (HIDDEN,)),
     Row("GradientReversal", layers.GradientReversal, (HIDDEN,)),
     Row("LinearAttention", lambda **k: layers.LinearAttention(2, 4, **k), (HIDDEN, MEMORY)),
@@ -79,6 +87,7 @@ ROWS = [
         (HIDDEN, MEMORY),
     ),
     Row("PositionEmbedding", lambda **k: layers.PositionEmbedding(7, **k), (HIDDEN,)),
+    Row("RMSNorm", layers.RMSNorm, (HIDDEN,)),
     Row("SegmentEmbedding", lambda **k: layers.SegmentEmbedding(2, **k), (HIDDEN, SEGMENTS)),
     Row("TheseusModule", theseus_module, (HIDDEN,)),
     Row(

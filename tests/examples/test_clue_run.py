@@ -195,7 +195,7 @@ def test_every_option_trains_pairs_with_several_seeds(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("name", encoder.ATTENTIONS)
 def test_another_attention_has_the_projections_of_the_encoder(name):
     data = tnews.load(run.SAMPLE / "tnews")
-    config = {"model": None, "vocab": None, "cased": False}
+    config = {"model": None, "family": None, "vocab": None, "cased": False}
 
     def build(attention):
         keras.utils.set_random_seed(0)

@@ -15,8 +15,10 @@ sys.path.insert(0, str(CLUE.parent / "pretraining"))
 import mlm
 import packing
 import pretrain
+from encoder import small_bert
 from masking import MaskedText, WordMasking, places
 
+from keras_ext.models import FAMILIES
 from keras_ext.text import WordPieceTokenizer
 from keras_ext.text.tokenizer import SPECIAL_TOKENS
 
@@ -198,8 +200,8 @@ def runs(command, tmp_path_factory):
     whole, killed = (tmp_path_factory.mktemp("runs") / name for name in ("whole", "killed"))
     save = pretrain.save_transformer_model
 
-    def save_and_copy(model, directory, sizes):
-        save(model, directory, sizes)
+    def save_and_copy(model, *arguments):
+        save(model, *arguments)
         if int(model.optimizer.iterations) == 10:
             shutil.copytree(whole, killed)
 
@@ -250,11 +252,29 @@ def test_the_script_goes_on_in_a_process_of_its_own(runs, tmp_path):
     assert [line["step"] for line in figures(killed)] == [5, 10, 15]
 
 
+@pytest.mark.parametrize("family", mlm.FAMILIES)
+def test_every_family_predicts_the_tokens_masked(family):
+    """What `with_mlm` gives at all positions, at those asked for."""
+    sizes = small_bert(len(VOCABULARY), layers=2, hidden=8, positions=16, dropout=0.0)
+    model = pretrain.build_model(sizes, family)
+    whole = FAMILIES[family].from_config(sizes).build(with_mlm=True)
+    whole.set_weights(model.get_weights())
+    rng = np.random.default_rng(0)
+    token_ids = rng.integers(5, len(VOCABULARY), (3, 16))
+    positions = rng.integers(0, 16, (3, places(16)))
+    logits = whole([token_ids, 0 * token_ids])[1]
+    expected = np.take_along_axis(
+        keras.ops.convert_to_numpy(logits), positions[:, :, None], axis=1
+    )
+    predicted = model([token_ids, 0 * token_ids, positions])
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(predicted), expected, atol=1e-5)
+
+
 def test_clue_reads_the_model(runs):
     import encoder
     from settings import Settings
 
-    model = {"model": str(runs[0] / "model"), "cased": False}
+    model = {"model": str(runs[0] / "model"), "family": None, "cased": False}
     tokenizer, trunk = encoder.build(model, Settings(max_length=16), None)
     assert not trunk.checkpoint_report.fresh
     ids = np.array([tokenizer.encode("花草").token_ids])

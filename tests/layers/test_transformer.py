@@ -53,13 +53,31 @@ def test_the_block_is_its_formula_around_any_attention():
     np.testing.assert_allclose(outputs, layer_norm(h + gelu(h @ w1 + b1) @ w2 + b2), atol=1e-5)
 
 
-def test_epsilon_is_that_of_both_norms():
-    block = TransformerBlock(Mean(), FeedForward(16), epsilon=0.5)
+def test_both_norms_are_like_the_one_given():
+    norm = keras.layers.LayerNormalization(epsilon=0.5)
+    block = TransformerBlock(Mean(), FeedForward(16), norm=norm)
+    assert [x.name for x in (block.attention_norm, block.feed_forward_norm)] == [
+        "attention_norm",
+        "feed_forward_norm",
+    ]
     block.feed_forward.build(HIDDEN.shape)
     block.feed_forward.set_weights([np.zeros(w.shape) for w in block.feed_forward.weights])
     h = layer_norm(HIDDEN + HIDDEN.mean(1, keepdims=True), 0.5)
     outputs = ops.convert_to_numpy(block(HIDDEN))
     np.testing.assert_allclose(outputs, layer_norm(h, 0.5), atol=1e-5)
+
+
+def test_the_norms_of_a_loaded_model_are_its_own(tmp_path):
+    """While it loads, Keras gives objects that are alike to it for one another."""
+    hidden = inputs = keras.Input((3, 4))
+    for i in range(12):
+        parts = MultiHeadAttention(1, 4), FeedForward(4)
+        hidden = TransformerBlock(*parts, name=f"block_{i}")(hidden)
+    keras.Model(inputs, hidden).save(tmp_path / "model.keras")
+    for _ in range(3):
+        blocks = keras.models.load_model(tmp_path / "model.keras").layers[1:]
+        norms = {id(n) for b in blocks for n in (b.attention_norm, b.feed_forward_norm)}
+        assert len(norms) == 24
 
 
 def test_padding_reaches_the_attention():

@@ -277,8 +277,8 @@ def test_activations():
         activation = model.get_layer("encoder_0").feed_forward.activation
         value = float(activation(ops.convert_to_tensor([-1.0]))[0])
         assert value == pytest.approx(-0.15865525 if exact else -0.15880801, abs=1e-7)
-    with pytest.raises(ValueError, match=r"hidden_act must be one of gelu, .*, got 'swish'"):
-        BERT(**SIZES, hidden_act="swish")
+    with pytest.raises(ValueError, match=r"hidden_act must be one of gelu, .*, got 'mish'"):
+        BERT(**SIZES, hidden_act="mish")
 
 
 def test_heads_must_divide_the_width():

@@ -92,9 +92,13 @@ def test_the_small_google_checkpoint_without_heads(shared):
 
 
 def test_errors_say_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match=r"Unknown family 'gpt'\. Known: bert\."):
+    with pytest.raises(
+        ValueError, match=r"Unknown family 'gpt'\. Known: albert, bert, electra, "
+    ):
         build_transformer_model(SIZES, model="gpt")
-    with pytest.raises(ValueError, match=r"Unknown family 'gpt'\. Known: bert\."):
+    with pytest.raises(
+        ValueError, match=r"Unknown family 'gpt'\. Known: albert, bert, electra, "
+    ):
         load_checkpoint(build_transformer_model(SIZES), tmp_path, family="gpt")
     with pytest.raises(FileNotFoundError, match=r"neither bert_config\.json nor config\.json"):
         build_transformer_model(tmp_path)

@@ -99,6 +99,34 @@ def dot_product_attention(
     return ops.where(ops.transpose(attends, (0, 2, 1, 3)), outputs, ops.zeros_like(outputs))
 
 
+def log_scaled(
+    query: Any,
+    key: Any,
+    log_length: int,
+    mask: Any = None,
+    causal: bool = False,
+    least: int = 1,
+) -> Any:
+    """Queries times log_N(n), for n tokens that each of them attends to.
+
+    Args:
+        query, key, mask, causal: as in `dot_product_attention`.
+        log_length: N.
+        least: n is at least this. Default: 1.
+
+    Returns: like `query`.
+    """
+    targets, sources = ops.shape(query)[1], ops.shape(key)[1]
+    seen = ops.ones((1, 1, targets, sources), "bool") if mask is None else mask
+    if causal:
+        order = ops.arange(targets)[:, None] >= ops.arange(sources)
+        seen = ops.logical_and(seen, order)
+    number = ops.sum(ops.cast(seen, "float32"), -1, keepdims=True)
+    number = ops.transpose(number, (0, 2, 1, 3))  # (batch, targets, heads, 1)
+    factor = ops.log(ops.maximum(number, float(least))) / math.log(log_length)
+    return query * ops.cast(factor, query.dtype)
+
+
 @keras.saving.register_keras_serializable(package="keras_ext")
 class MultiHeadAttention(ProjectedAttention):
     """Softmax attention between learned projections, as in a Transformer.
@@ -218,7 +246,7 @@ class MultiHeadAttention(ProjectedAttention):
         query, key = self._normalise(query, key)
         sizes = ops.shape(query)[1], ops.shape(key)[1]
         if self.window is None:
-            mask = _join_masks(source_mask, attention_mask)
+            mask = join_masks(source_mask, attention_mask)
             at, of = (ops.arange(size) for size in sizes)
         else:
             if attention_mask is not None or attention_bias is not None:
@@ -263,7 +291,7 @@ class MultiHeadAttention(ProjectedAttention):
         if scale is None and (self.query_norm or self.key_norm):
             scale = 1.0
         if self.log_length is not None:
-            query = self._log_scaled(query, key, mask, causal)
+            query = log_scaled(query, key, self.log_length, mask, causal)
         return dot_product_attention(
             query,
             self.for_all_heads(key),
@@ -273,18 +301,6 @@ class MultiHeadAttention(ProjectedAttention):
             causal=causal,
             **kwargs,
         )
-
-    def _log_scaled(self, query: Any, key: Any, mask: Any, causal: bool) -> Any:
-        """Queries times log_N of the number of tokens that they attend to."""
-        targets, sources = ops.shape(query)[1], ops.shape(key)[1]
-        seen = ops.ones((1, 1, targets, sources), "bool") if mask is None else mask
-        if causal:
-            order = ops.arange(targets)[:, None] >= ops.arange(sources)
-            seen = ops.logical_and(seen, order)
-        number = ops.sum(ops.cast(seen, "float32"), -1, keepdims=True)
-        number = ops.transpose(number, (0, 2, 1, 3))  # (batch, targets, heads, 1)
-        factor = ops.log(ops.maximum(number, 1.0)) / math.log(self.log_length)
-        return query * ops.cast(factor, query.dtype)
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> dict[str, Any]:
         """What `step` needs before the first token: empty caches of keys and values.
@@ -355,7 +371,7 @@ def _of_rank_4(pattern: Any) -> Any:
     return pattern[:, None] if len(pattern.shape) == 3 else pattern
 
 
-def _join_masks(source_mask: Any, attention_mask: Any) -> Any:
+def join_masks(source_mask: Any, attention_mask: Any) -> Any:
     """One mask of rank 4 from padding and pattern, or None."""
     if source_mask is not None:
         source_mask = ops.cast(source_mask, "bool")[:, None, None, :]

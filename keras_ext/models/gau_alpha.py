@@ -1,0 +1,75 @@
+"""GAU-alpha: a RoFormerV2 of gated attention units, 24 where it has 12 blocks.
+
+    h = RMS(h + Dropout(GAU(h)))
+
+Source: kexue.fm/archives/9052; checkpoints: github.com/ZhuiyiTechnology/GAU-alpha.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+from keras_ext import layers
+from keras_ext.models.bert import ACTIVATIONS, huggingface_names, tensorflow_names
+from keras_ext.models.checkpoints import NameTable
+from keras_ext.models.roformer_v2 import TABLES, RoFormerV2
+
+KERNEL = (("kernel", "kernel", "weight.T"),)
+UNITS = (
+    ("encoder_{i}/attention/input_dense", "GAU_alpha/encoder/layer_{i}/gau/i_dense", KERNEL),
+    ("encoder_{i}/attention/output_dense", "GAU_alpha/encoder/layer_{i}/gau/o_dense", KERNEL),
+    *(
+        (
+            "encoder_{i}/attention",
+            f"GAU_alpha/encoder/layer_{{i}}/gau/{theirs}_scaleoffset",
+            ((f"{ours}_gamma", "gamma", "weight"),),
+        )
+        for ours, theirs in (("query", "q"), ("key", "k"))
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GAUAlpha(RoFormerV2):
+    """The sizes of a GAU-alpha: `attention_key_size` is the width of queries and keys, all
+    units have one head. Its only head for tasks is `with_mlm`.
+
+    `transformers` has no such model; what is saved has names made like those of TensorFlow.
+
+    Example:
+        >>> model = build_transformer_model("bert_config.json", model="gau_alpha")
+    """
+
+    num_attention_heads: int = 1
+    attention_key_size: int = 128
+    hidden_act: str = "swish"
+
+    family: ClassVar[str] = "gau_alpha"
+    names: ClassVar[Mapping[str, NameTable]] = {
+        "tensorflow": tensorflow_names((*TABLES, *UNITS)),
+        "huggingface": huggingface_names((*TABLES, *UNITS), model="gau_alpha"),
+    }
+
+    def block(self, name: str) -> layers.GatedAttentionBlock:
+        return layers.GatedAttentionBlock(
+            layers.GatedAttentionUnit(
+                self.intermediate_size,
+                self.attention_key_size,
+                activation=ACTIVATIONS[self.hidden_act],
+                dropout=self.attention_probs_dropout_prob,
+                position=self.position(),
+                kernel_initializer=self.initializer(),
+                name="attention",
+            ),
+            dropout=self.hidden_dropout_prob,
+            norm=self.norm(),
+            name=name,
+        )
+
+    @property
+    def gain(self) -> float:
+        return self.num_hidden_layers ** (-2 / 3)
+
+    def block_kernel(self) -> tuple[str, tuple[int, int]]:
+        width = 2 * self.intermediate_size + self.attention_key_size
+        return "attention/input_dense/kernel", (self.hidden_size, width)

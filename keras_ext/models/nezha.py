@@ -1,0 +1,40 @@
+"""NEZHA: a BERT with fixed relative positions, on keys and values, instead of learnt ones.
+
+    s_ij = q_iᵀ (k_j + a_(j-i)) / √d,    o_i = Σ_j p_ij (v_j + a_(j-i))
+
+a are sinusoids of the distance, clipped to ±`max_relative_position`, the same in all layers.
+
+Source: Wei et al. 2019, arXiv 1909.00204; checkpoints: github.com/huawei-noah.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from keras_ext.layers import RelativePosition
+from keras_ext.models.bert import BERT, IMPLIED, LAYERS, huggingface_names, tensorflow_names
+from keras_ext.models.checkpoints import NameTable
+
+NEZHA_LAYERS = tuple(row for row in LAYERS if row[0] != "position_embedding")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NEZHA(BERT):
+    """The sizes of a NEZHA; `max_position_embeddings` limits nothing.
+
+    Example:
+        >>> model = build_transformer_model("bert_config.json", model="nezha")
+    """
+
+    max_relative_position: int = 64
+
+    family: ClassVar[str] = "nezha"
+    implied: ClassVar[Mapping[str, Any]] = {**IMPLIED, "use_relative_position": True}
+    names: ClassVar[Mapping[str, NameTable]] = {
+        "tensorflow": tensorflow_names(NEZHA_LAYERS),
+        "huggingface": huggingface_names(NEZHA_LAYERS, model="nezha"),
+    }
+    learned_positions: ClassVar[bool] = False
+
+    def position(self) -> RelativePosition:
+        return RelativePosition(self.max_relative_position, sinusoidal=True)

@@ -1,0 +1,86 @@
+"""RoFormerV2: a RoFormer without biases, with RMS norms that have no weights.
+
+    h     = RMS(Dropout(E_token[ids] + E_segment[segments]))
+    block = RMS(x + Attention(x)), RMS(h + FeedForward(h))
+    mlm   = h E_tokenᵀ
+
+Kernels are drawn from truncated normals of standard deviation √(1/(N width)) for N layers, so
+that what all blocks together add does not grow with N.
+
+Source: kexue.fm/archives/8998; checkpoints: github.com/ZhuiyiTechnology/roformer-v2.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import keras
+
+from keras_ext import layers
+from keras_ext.models.bert import BLOCKS, EMBEDDINGS, huggingface_names, tensorflow_names
+from keras_ext.models.checkpoints import NameTable
+from keras_ext.models.roformer import RoFormer
+
+TABLES = tuple(row for row in EMBEDDINGS if row[0] in ("token_embedding", "segment_embedding"))
+# The kernels are all that blocks have.
+KERNELS = tuple(
+    (layer, scope, weights[:1]) for layer, scope, weights in BLOCKS if weights[0][0] == "kernel"
+)
+# What √(1/fan) has to be multiplied by for a normal distribution cut off at two deviations.
+TRUNCATION = 1.13684723
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoFormerV2(RoFormer):
+    """The sizes of a RoFormerV2. Its only head is `with_mlm`.
+
+    Example:
+        >>> model = build_transformer_model("bert_config.json", model="roformer_v2")
+    """
+
+    family: ClassVar[str] = "roformer_v2"
+    names: ClassVar[Mapping[str, NameTable]] = {
+        "tensorflow": tensorflow_names((*TABLES, *KERNELS)),
+        "huggingface": huggingface_names((*TABLES, *KERNELS), model="roformer"),
+    }
+    narrow_embeddings: ClassVar[bool] = False
+    use_bias: ClassVar[bool] = False
+
+    def build(self, with_mlm: bool = False, name: str | None = None) -> keras.Model:
+        """The functional model with fresh weights; see `build_transformer_model`."""
+        inputs, token_embedding, hidden = self.trunk()
+        outputs = [hidden]  # (batch, length, hidden_size)
+        if with_mlm:
+            outputs.append(self.mlm(hidden, token_embedding))
+        return self.model(inputs, outputs, name)
+
+    def mlm(self, hidden: Any, token_embedding: layers.TokenEmbedding) -> Any:
+        """Logits over the vocabulary."""
+        return token_embedding(hidden, reverse=True)
+
+    def embed(self, tokens: Any, segment_ids: Any) -> Any:
+        """Add segments to the token embeddings, drop, normalise."""
+        hidden = layers.SegmentEmbedding(
+            self.type_vocab_size,
+            embeddings_initializer=self.table_initializer(),
+            name="segment_embedding",
+        )(tokens, segment_ids)
+        hidden = keras.layers.Dropout(self.hidden_dropout_prob, name="embedding_dropout")(
+            hidden
+        )
+        return self.norm("embedding_norm")(hidden)
+
+    def norm(self, name: str | None = None) -> keras.layers.Layer:
+        return layers.RMSNorm(epsilon=self.layer_norm_eps, scale=False, name=name)
+
+    @property
+    def gain(self) -> float:
+        """Share of the variance that a kernel is to keep."""
+        return 1 / self.num_hidden_layers
+
+    def initializer(self) -> keras.initializers.Initializer:
+        return keras.initializers.VarianceScaling(self.gain, "fan_in", "truncated_normal")
+
+    def table_initializer(self) -> keras.initializers.Initializer:
+        deviation = TRUNCATION * (self.gain / self.hidden_size) ** 0.5
+        return keras.initializers.TruncatedNormal(stddev=deviation)

@@ -15,7 +15,13 @@ from keras_ext.models.hwfa import hwfa_layers
 from keras_ext.models.nezha import NEZHA
 from keras_ext.models.roformer import RoFormer
 from keras_ext.models.roformer_v2 import RoFormerV2
-from keras_ext.models.surgery import replace_attention
+from keras_ext.models.surgery import (
+    extend_positions,
+    rename_layers,
+    replace_attention,
+    select_blocks,
+    select_tokens,
+)
 from keras_ext.models.tta import TTA
 
 __all__ = [
@@ -31,8 +37,12 @@ __all__ = [
     "RoFormer",
     "RoFormerV2",
     "build_transformer_model",
+    "extend_positions",
     "hwfa_layers",
     "load_checkpoint",
+    "rename_layers",
     "replace_attention",
     "save_transformer_model",
+    "select_blocks",
+    "select_tokens",
 ]

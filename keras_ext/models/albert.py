@@ -111,11 +111,12 @@ class ALBERT(BERT):
                 f"{self.num_hidden_layers}, got {self.num_hidden_groups}."
             )
 
-    def encode(self, hidden: Any) -> Any:
+    def encode(self, hidden: Any, **pattern: Any) -> Any:
         """All layers, of which those of a group are the same block."""
         blocks = [self.block(name=f"encoder_{g}") for g in range(self.num_hidden_groups)]
         for i in range(self.num_hidden_layers):
-            hidden = blocks[i * self.num_hidden_groups // self.num_hidden_layers](hidden)
+            block = blocks[i * self.num_hidden_groups // self.num_hidden_layers]
+            hidden = block(hidden, **pattern)
         return hidden
 
     @property

@@ -6,6 +6,10 @@
     pooled = tanh(h[:, 0] W + b)
     nsp    = pooled W + b                                logits of (next, random)
 
+As `application` "lm" the same weights are a language model, in which tokens see no later ones,
+as "unilm" a UniLM: tokens of segment 0 see all of segment 0, those of segment 1 all before them
+and themselves. `with_mlm` then predicts the next token.
+
 This file is the family: its configuration, its layers and the names its weights have in
 checkpoints. RoBERTa-wwm, MacBERT, RBT3 and the models of UER are BERTs. A relative of BERT is
 a file with a subclass that overrides what differs: `position`, `embed`, `encode`, `block`.
@@ -16,7 +20,8 @@ Layer names are part of the API: `token_ids`, `segment_ids`, `token_embedding`,
 `mlm_dense`, `mlm_norm`, `mlm_bias`, `pooler`, `nsp`. The input of `mlm_bias` is a second call
 of `token_embedding`.
 
-Source: Devlin et al. 2018, arXiv 1810.04805; github.com/google-research/bert.
+Source: Devlin et al. 2018, arXiv 1810.04805; github.com/google-research/bert; UniLM: Dong et
+al. 2019, arXiv 1905.03197; kexue.fm/archives/6933.
 """
 
 import dataclasses
@@ -39,6 +44,8 @@ ACTIVATIONS = {
 
 # Fields of the same configuration format with which a model would be none of those here.
 IMPLIED = {"pad_token_id": 0, "is_decoder": False, "tie_word_embeddings": True}
+
+APPLICATIONS = ("encoder", "lm", "unilm")
 
 # The same fields as UER names them.
 UER_FIELDS = {
@@ -132,15 +139,29 @@ def huggingface_names(layers: Layers, model: str = "bert") -> NameTable:
     )
 
 
+@keras.saving.register_keras_serializable(package="keras_ext")
+class PrefixMask(keras.layers.Layer):
+    """What tokens of a UniLM see, boolean (batch, length, length), for its segment ids."""
+
+    def call(self, segment_ids: Any) -> Any:
+        return layers.masks.segments(segment_ids)
+
+    def compute_output_spec(self, segment_ids: Any) -> keras.KerasTensor:
+        length = segment_ids.shape[1]
+        return keras.KerasTensor((segment_ids.shape[0], length, length), dtype="bool")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BERT:
     """The sizes of a BERT, and how it is built from them.
 
     The fields are those of `bert_config.json`; the first five have no default, and
-    `embedding_size`, the width of the embeddings, is `hidden_size` by default.
+    `embedding_size`, the width of the embeddings, is `hidden_size` by default. `application` is
+    "encoder", "lm" or "unilm".
 
     Raises:
-        ValueError: the activation is unknown, or the heads do not divide the width.
+        ValueError: the activation or the application is unknown, or the heads do not divide the
+            width.
 
     Example:
         >>> bert = BERT.from_config(json.loads(Path("bert_config.json").read_text()))
@@ -161,6 +182,7 @@ class BERT:
     type_vocab_size: int = 2
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
+    application: str = "encoder"
 
     family: ClassVar[str] = "bert"  # `model_type` of its configurations
     # Fields of configurations that it does not have, with the only values that fit it.
@@ -188,6 +210,11 @@ class BERT:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(
                 f"hidden_act must be one of {', '.join(ACTIVATIONS)}, got {self.hidden_act!r}."
+            )
+        if self.application not in APPLICATIONS:
+            raise ValueError(
+                f"application must be one of {', '.join(APPLICATIONS)}, got "
+                f"{self.application!r}."
             )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -252,7 +279,11 @@ class BERT:
             name="token_embedding",
         )
         hidden = self.embed(token_embedding(token_ids), segment_ids)
-        return [token_ids, segment_ids], token_embedding, self.encode(hidden)
+        pattern = {}
+        if self.application == "unilm":
+            pattern["attention_mask"] = PrefixMask(name="prefix_mask")(segment_ids)
+        hidden = self.encode(hidden, **pattern)
+        return [token_ids, segment_ids], token_embedding, hidden
 
     def embed(self, tokens: Any, segment_ids: Any) -> Any:
         """Add segments and positions to the token embeddings, normalise, drop, widen."""
@@ -275,10 +306,10 @@ class BERT:
             return hidden
         return self.dense(self.hidden_size, "embedding_projection")(hidden)
 
-    def encode(self, hidden: Any) -> Any:
-        """All blocks."""
+    def encode(self, hidden: Any, **pattern: Any) -> Any:
+        """All blocks, called with `pattern`."""
         for i in range(self.num_hidden_layers):
-            hidden = self.block(name=f"encoder_{i}")(hidden)
+            hidden = self.block(name=f"encoder_{i}")(hidden, **pattern)
         return hidden
 
     def block(self, name: str) -> keras.layers.Layer:
@@ -289,6 +320,7 @@ class BERT:
                 self.hidden_size // self.num_attention_heads,
                 dropout=self.attention_probs_dropout_prob,
                 position=self.position(),
+                causal=self.application == "lm",
                 use_bias=self.use_bias,
                 kernel_initializer=self.initializer(),
                 name="attention",

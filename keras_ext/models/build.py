@@ -47,6 +47,7 @@ def build_transformer_model(
     with_nsp: bool = False,
     with_pool: bool = False,
     with_discriminator: bool = False,
+    application: str | None = None,
     dropout: float | None = None,
     attention_dropout: float | None = None,
 ) -> keras.Model:
@@ -69,6 +70,9 @@ def build_transformer_model(
         with_pool: add the pooled first token, (batch, hidden).
         with_discriminator: add the logits of ELECTRA, positive where a token is replaced,
             (batch, length).
+        application: "encoder", "lm" (tokens see no later ones) or "unilm" (nor do those of
+            segment 1; those of segment 0 see each other). Default: that of the configuration,
+            or "encoder".
         dropout: rate on embeddings and sublayer outputs. Default: that of the configuration.
         attention_dropout: rate on attention weights. Default: that of the configuration.
 
@@ -96,8 +100,12 @@ def build_transformer_model(
     }
     heads = {head: True for head, wanted in asked.items() if wanted}
     _check_heads(family, heads)
-    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": attention_dropout}
-    given = {name: rate for name, rate in rates.items() if rate is not None}
+    options = {
+        "application": application,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": attention_dropout,
+    }
+    given = {name: option for name, option in options.items() if option is not None}
     family = dataclasses.replace(family, **given)
     transformer = family.build(**heads)
     if checkpoint is not None:

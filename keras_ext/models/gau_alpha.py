@@ -58,6 +58,7 @@ class GAUAlpha(RoFormerV2):
                 activation=ACTIVATIONS[self.hidden_act],
                 dropout=self.attention_probs_dropout_prob,
                 position=self.position(),
+                causal=self.application == "lm",
                 kernel_initializer=self.initializer(),
                 name="attention",
             ),

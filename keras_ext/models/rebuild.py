@@ -20,13 +20,19 @@ def blocks_of(model: keras.Model) -> list[keras.layers.Layer]:
 
 
 def rebuild(
-    model: keras.Model, call: Callable[..., Any], copies: Iterable[tuple] = ()
+    model: keras.Model,
+    call: Callable[..., Any],
+    copies: Iterable[tuple] = (),
+    inputs: list[keras.KerasTensor] | None = None,
+    name: str | None = None,
 ) -> keras.Model:
     """The same graph on copies of all layers, except where `call(layer, *args)` gives outputs.
 
     Args:
         copies: pairs of layers that `call` made, known once the graph is complete; the weights
             of the first are copied to the second.
+        inputs: what the graph starts from. Default: new inputs of the same names.
+        name: of the model. Default: that of `model`.
     """
     copied: list[tuple[keras.layers.Layer, keras.layers.Layer]] = []
     made: dict[int, Any] = {}
@@ -43,7 +49,8 @@ def rebuild(
 
     # A new model of the same graph is not compiled; Keras would compile the clone as well.
     rebuilt = keras.models.clone_model(
-        keras.Model(model.input, model.output, name=model.name),
+        keras.Model(model.inputs, model.output, name=name or model.name),
+        input_tensors=inputs,
         clone_function=lambda layer: layer,
         call_function=call_copy,
     )

@@ -1,12 +1,24 @@
 """Change a built Transformer: other layers in the place of some, with all weights that fit.
 
-The models made here are copies: nothing done to one of them changes another.
+    replace_attention    another attention in the blocks
+    select_tokens        another vocabulary: tokens of the old one, and means of them
+    select_blocks        some of the blocks, such as the first, or every other
+    extend_positions     learnt positions for longer texts
+    rename_layers        other names, for two models side by side
+
+The models made here are copies: nothing done to one of them changes another. They can be used
+one after the other, on models of `build_transformer_model` and on functional models on their
+outputs, such as `keras.Model(bert.inputs, Dense(2)(bert.output[:, 0]))`.
+
+Sources: kexue.fm/archives/7661 (another attention), 8739 (tokens), 7947 (positions).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_ext.layers.transformer import serialize_unbuilt
 from keras_ext.models.rebuild import blocks_of, copy_layer, rebuild
@@ -66,4 +78,194 @@ def replace_attention(
             known = values.get(weight.path)
             if known is not None and known.shape == weight.shape:
                 weight.assign(known)
+    return changed
+
+
+def select_tokens(model: keras.Model, tokens: Sequence[int | Sequence[int]]) -> keras.Model:
+    """The model with another vocabulary: some of its tokens, and new ones made of several.
+
+        E'[i] = mean of E[j] for j in tokens[i],    and so the bias of the MLM head
+
+    A pruned vocabulary makes a smaller model with the same outputs for the tokens it keeps. The
+    mean of its characters is a good start for a word. An id can be named more than once, so
+    that it weighs more.
+
+    Args:
+        model: with a layer `token_embedding`, and perhaps `mlm_bias`.
+        tokens: for each id of the new vocabulary one old id, or several. The first is 0, the
+            padding, where the model masks it.
+
+    Returns:
+        A `keras.Model` with inputs and outputs of `model`, not compiled.
+
+    Raises:
+        ValueError: `tokens` is empty, or has an id that there is not, or another padding.
+
+    Example:
+        >>> small = select_tokens(bert, [0, 100, 101, 102, 103, *range(670, 7992)])
+        >>> larger = select_tokens(bert, [*range(21128), [872, 1962]])  # one for 你好
+
+    Reference: kexue.fm/archives/8739.
+    """
+    embedding = model.get_layer("token_embedding")
+    groups = [[token] if isinstance(token, (int, np.integer)) else [*token] for token in tokens]
+    known = range(embedding.input_dim)
+    for new, group in enumerate(groups):
+        if not group or any(token not in known for token in group):
+            raise ValueError(
+                f"tokens[{new}] must be one or several ids from 0 to {len(known) - 1}, got "
+                f"{tokens[new]}."
+            )
+    if not groups or (embedding.mask_zero and groups[0] != [0]):
+        raise ValueError(f"tokens[0] must be 0, the padding, got {list(tokens[:1])}.")
+
+    def means(rows: np.ndarray) -> np.ndarray:
+        wide = np.asarray(rows, "float32")
+        return np.stack([wide[group].mean(axis=0) for group in groups])
+
+    def change(layer: keras.layers.Layer) -> dict[str, Any] | None:
+        return {"token_embedding": {"input_dim": len(groups)}, "mlm_bias": {}}.get(layer.name)
+
+    return _changed(model, change, lambda _, rows: means(rows))
+
+
+def select_blocks(model: keras.Model, blocks: Iterable[int]) -> keras.Model:
+    """The model with some of its blocks only, which are numbered anew.
+
+    Args:
+        model: with blocks `encoder_0` ..., each used once.
+        blocks: their numbers, in rising order: `range(6)` for the first six, `range(0, 12, 2)`
+            for every other.
+
+    Returns:
+        A `keras.Model` with inputs and outputs of `model`, not compiled.
+
+    Raises:
+        ValueError: there is no such block, or the order is not rising.
+
+    Example:
+        >>> first_half = select_blocks(bert, range(6))
+    """
+    numbers, found = list(blocks), blocks_of(model)
+    if not numbers or numbers != sorted({*numbers} & {*range(len(found))}):
+        raise ValueError(
+            f"blocks must be rising numbers from 0 to {len(found) - 1}, got {numbers}."
+        )
+    names = {f"encoder_{old}": f"encoder_{new}" for new, old in enumerate(numbers)}
+    dropped = {block.name for block in found} - names.keys()
+    copies = []
+
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if layer.name in dropped:
+            return args[0]
+        if layer.name not in names:
+            return None
+        copies.append((layer, copy_layer(layer, name=names[layer.name])))
+        return copies[-1][1](*args, **kwargs)
+
+    return rebuild(model, call, copies)
+
+
+def extend_positions(model: keras.Model, max_length: int, alpha: float = 0.4) -> keras.Model:
+    """The model with learnt positions for texts of up to n² tokens, where it has n.
+
+        p'_(i n + j) = α u_i + (1 - α) u_j,    u_i = (p_i - α p_0) / (1 - α)
+
+    The first n positions are what they were. The others are of the same kind, and so a good
+    start for training on longer texts.
+
+    Args:
+        model: with a layer `position_embedding`.
+        max_length: positions of the new model, from n to n².
+        alpha: α, in (0, 1) and not 1/2, which would make (i, j) and (j, i) the same. Default:
+            0.4.
+
+    Returns:
+        A `keras.Model` with inputs and outputs of `model`, not compiled.
+
+    Raises:
+        ValueError: `max_length` or `alpha` is out of range.
+
+    Example:
+        >>> longer = extend_positions(bert, max_length=1024)
+
+    Reference: kexue.fm/archives/7947.
+    """
+    size = model.get_layer("position_embedding").max_length
+    if not size <= max_length <= size**2:
+        raise ValueError(f"max_length must be from {size} to {size**2}, got {max_length}.")
+    if not 0 < alpha < 1 or alpha == 0.5:
+        raise ValueError(f"alpha must be between 0 and 1, and not 0.5, got {alpha}.")
+
+    def change(layer: keras.layers.Layer) -> dict[str, Any] | None:
+        return {"position_embedding": {"max_length": max_length}}.get(layer.name)
+
+    def extended(_: keras.layers.Layer, rows: np.ndarray) -> np.ndarray:
+        rows = np.asarray(rows, "float64")
+        u = (rows - alpha * rows[0]) / (1 - alpha)
+        i, j = np.divmod(np.arange(max_length), size)
+        return alpha * u[i] + (1 - alpha) * u[j]
+
+    return _changed(model, change, extended)
+
+
+def rename_layers(model: keras.Model, prefix: str) -> keras.Model:
+    """The model with a prefix to the names of its layers and its own.
+
+    A Keras model cannot have two layers of one name: rename one of two Transformers to put both
+    into one model. Checkpoints are loaded before.
+
+    Args:
+        model: a functional model.
+        prefix: such as "query_".
+
+    Returns:
+        A `keras.Model` with inputs and outputs of `model`, not compiled.
+
+    Example:
+        >>> other = rename_layers(bert, "other_")
+        >>> both = keras.Model([*bert.inputs, *other.inputs], [bert.output, other.output])
+    """
+    inputs = [
+        keras.Input(batch_shape=x.shape, dtype=x.dtype, name=prefix + x.name)
+        for x in model.inputs
+    ]
+    return _changed(
+        model,
+        lambda layer: {"name": prefix + layer.name},
+        lambda _, value: value,
+        inputs=inputs,
+        name=prefix + model.name,
+    )
+
+
+def _changed(
+    model: keras.Model,
+    change: Callable[[keras.layers.Layer], dict[str, Any] | None],
+    values: Callable[[keras.layers.Layer, np.ndarray], np.ndarray],
+    **options: Any,
+) -> keras.Model:
+    """The model with layers of another configuration, and weights made of the old ones.
+
+    Args:
+        change: layer -> what of its configuration changes, None for a layer that stays.
+        values: layer, its weight -> the weight of the changed layer.
+        **options: of `rebuild`.
+    """
+    made: dict[str, tuple[Any, Any]] = {}
+
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        changes = change(layer)
+        if changes is None:
+            return None
+        if layer.name not in made:  # a tied layer is called twice
+            made[layer.name] = layer, copy_layer(layer, **changes)
+        return made[layer.name][1](*args, **kwargs)
+
+    changed = rebuild(model, call, **options)
+    for old, new in made.values():
+        if isinstance(old, keras.layers.Layer):  # and not an operation
+            new.set_weights(
+                [values(old, ops.convert_to_numpy(weight)) for weight in old.weights]
+            )
     return changed

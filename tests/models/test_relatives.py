@@ -433,5 +433,50 @@ def test_published_configurations_are_read(shared, file, family):
     assert sizes.embedding_size == config.get("embedding_size", config["hidden_size"])
 
 
+# ------------------------------------------------------------------ applications
+
+
+def changes(model, tokens, place, segments):
+    """Which outputs change with the token at a place, (batch, length)."""
+    other = tokens.copy()
+    other[:, place] = tokens[:, place] % 9 + 1
+    one, two = (run(model, x, segments) for x in (tokens, other))
+    return np.abs(one - two).max(-1) > 1e-4
+
+
+@pytest.mark.parametrize("family", ["bert", *HEADS])
+def test_language_model(family):
+    model = random_model(family, application="lm")
+    tokens = np.array([[3, 1, 4, 1, 5, 9, 0]], "int32")
+    for place in range(6):
+        changed = changes(model, tokens, place, 0 * tokens)
+        np.testing.assert_array_equal(changed[0, :6], np.arange(6) >= place)
+
+
+@pytest.mark.parametrize("family", ["bert", *HEADS])
+def test_unilm(family):
+    """Places 0 to 2 are the first text, 3 to 5 the second, 6 is padding of segment 0."""
+    model = random_model(family, application="unilm")
+    tokens = np.array([[3, 1, 4, 1, 5, 9, 0]], "int32")
+    segments = np.array([[0, 0, 0, 1, 1, 1, 0]], "int32")
+    for place in range(6):
+        sees = np.arange(6) >= (0 if place < 3 else place)
+        np.testing.assert_array_equal(changes(model, tokens, place, segments)[0, :6], sees)
+    encoder, lm = (random_model(family, application=kind) for kind in ("encoder", "lm"))
+    for other, segment in ((encoder, 0), (lm, 1)):
+        same = np.full_like(tokens, segment)
+        one, two = run(model, tokens, same), run(other, tokens, same)
+        np.testing.assert_allclose(one[:, :6], two[:, :6], atol=1e-5)
+
+
+def test_applications_are_saved_and_wrong_ones_refused(tmp_path):
+    config = {**SIZES, "application": "unilm"}
+    save_transformer_model(build_transformer_model(config), tmp_path, config)
+    names = [layer.name for layer in build_transformer_model(tmp_path, tmp_path).layers]
+    assert "prefix_mask" in names
+    with pytest.raises(ValueError, match="application must be one of encoder, lm, unilm, got"):
+        build_transformer_model(SIZES, application="seq2seq")
+
+
 def test_all_families_are_public():
     assert all(getattr(models, family.__name__) is family for family in FAMILIES.values())

@@ -1,4 +1,4 @@
-"""replace_attention."""
+"""Other attention, vocabulary, blocks, positions and names."""
 
 import keras
 import numpy as np
@@ -7,8 +7,14 @@ from keras import ops
 from models.small_bert import SIZES
 
 from keras_ext.layers import MultiHeadAttention
-from keras_ext.models import build_transformer_model
-from keras_ext.models.surgery import replace_attention
+from keras_ext.models import build_transformer_model, save_transformer_model
+from keras_ext.models.surgery import (
+    extend_positions,
+    rename_layers,
+    replace_attention,
+    select_blocks,
+    select_tokens,
+)
 
 IDS = np.array([[1, 2, 3, 4], [5, 6, 0, 0]], "int32")
 X = [IDS, np.zeros_like(IDS)]
@@ -68,3 +74,122 @@ def test_bad_blocks(model):
         replace_attention(
             keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]), same_heads
         )
+
+
+# ------------------------------------------------------------------ vocabulary
+
+
+@pytest.fixture(scope="module")
+def with_mlm():
+    bert = build_transformer_model({**SIZES, "initializer_range": 0.5}, with_mlm=True)
+    bert.get_layer("mlm_bias").set_weights([np.linspace(-1, 1, SIZES["vocab_size"])])
+    return bert
+
+
+def test_tokens_that_are_kept_have_the_outputs_they_had(with_mlm, tmp_path):
+    kept = [0, 9, 3, 4, 7]
+    small = select_tokens(with_mlm, kept)
+    ids = np.array([[1, 2, 3, 0], [4, 4, 1, 2]], "int32")  # of the new vocabulary
+    old = with_mlm([np.array(kept, "int32")[ids], 0 * ids])
+    new = small([ids, 0 * ids])
+    np.testing.assert_allclose(*map(ops.convert_to_numpy, (new[0], old[0])), atol=1e-6)
+    logits = ops.convert_to_numpy(old[1])[..., kept]
+    np.testing.assert_allclose(ops.convert_to_numpy(new[1]), logits, atol=1e-5)
+    config = {**SIZES, "vocab_size": len(kept)}
+    save_transformer_model(small, tmp_path, config)
+    again = build_transformer_model(tmp_path, tmp_path, with_mlm=True)
+    np.testing.assert_array_equal(
+        *(ops.convert_to_numpy(m([ids, 0 * ids])[1]) for m in (small, again))
+    )
+
+
+def test_new_tokens_are_means_of_old_ones(with_mlm):
+    size = SIZES["vocab_size"]
+    larger = select_tokens(with_mlm, [*range(size), [3, 5, 5]])
+    for name in ("token_embedding", "mlm_bias"):
+        (old,), (new,) = (model.get_layer(name).get_weights() for model in (with_mlm, larger))
+        np.testing.assert_array_equal(new[:size], old)
+        np.testing.assert_allclose(new[size], old[3] / 3 + old[5] * 2 / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([], r"tokens\[0\] must be 0, the padding, got \[\]"),
+        ([1, 2], r"tokens\[0\] must be 0, the padding, got \[1\]"),
+        ([0, 11], r"tokens\[1\] must be one or several ids from 0 to 10, got 11"),
+        ([0, -1], r"tokens\[1\] must be"),
+        ([0, [3, 99]], r"tokens\[1\] must be"),
+        ([0, []], r"tokens\[1\] must be"),
+    ],
+)
+def test_bad_tokens(with_mlm, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        select_tokens(with_mlm, tokens)
+
+
+# ------------------------------------------------------------------ blocks
+
+
+@pytest.mark.parametrize("kept", [[0], [1], [0, 2], [0, 1, 2]])
+def test_blocks_that_are_kept_follow_one_another(kept):
+    bert = build_transformer_model({**SIZES, "num_hidden_layers": 3, "initializer_range": 0.5})
+    hidden = keras.Model(bert.inputs, bert.get_layer("embedding_dropout").output)(X)
+    for i in kept:
+        hidden = bert.get_layer(f"encoder_{i}")(hidden, attention_mask=(IDS != 0)[:, None])
+    some = select_blocks(bert, kept)
+    np.testing.assert_allclose(outputs(some), ops.convert_to_numpy(hidden), atol=1e-5)
+    names = [layer.name for layer in some.layers if layer.name.startswith("encoder_")]
+    assert names == [f"encoder_{i}" for i in range(len(kept))]
+    paths = {w.path.split("/")[0] for w in some.weights if w.path.startswith("encoder_")}
+    assert paths == set(names)  # so a checkpoint of so many blocks fits
+
+
+@pytest.mark.parametrize("blocks", [[], [2], [1, 0], [0, 0], [-1]])
+def test_bad_blocks_to_keep(model, blocks):
+    with pytest.raises(ValueError, match="blocks must be rising numbers from 0 to 1, got"):
+        select_blocks(model, blocks)
+
+
+# ------------------------------------------------------------------ positions, names
+
+
+def test_extended_positions(model):
+    size = SIZES["max_position_embeddings"]
+    longer = extend_positions(model, 2 * size + 3, alpha=0.3)
+    (old,), (new,) = (m.get_layer("position_embedding").get_weights() for m in (model, longer))
+    np.testing.assert_allclose(new[:size], old, atol=1e-6)
+    u = (old - 0.3 * old[0]) / 0.7
+    for place, (i, j) in {size: (1, 0), 2 * size + 2: (2, 2)}.items():
+        np.testing.assert_allclose(new[place], 0.3 * u[i] + 0.7 * u[j], atol=1e-6)
+    np.testing.assert_allclose(outputs(longer), outputs(model), atol=1e-5)
+    ids = np.ones((1, 2 * size + 3), "int32")
+    assert np.isfinite(ops.convert_to_numpy(longer([ids, 0 * ids]))).all()
+    for length in (size - 1, size**2 + 1):
+        with pytest.raises(ValueError, match=f"max_length must be from {size} to {size**2}"):
+            extend_positions(model, length)
+    for alpha in (0, 0.5, 1, float("nan")):
+        with pytest.raises(ValueError, match="alpha must be between 0 and 1, and not"):
+            extend_positions(model, size, alpha)
+
+
+def test_two_models_side_by_side(model, tmp_path):
+    other = rename_layers(model, "other_")
+    assert all(layer.name.startswith("other_") for layer in other.layers)
+    both = keras.Model([*model.inputs, *other.inputs], [model.output, other.output])
+    for output in both([*X, *X]):
+        np.testing.assert_allclose(ops.convert_to_numpy(output), outputs(model), atol=1e-6)
+    both.save(tmp_path / "both.keras")
+    loaded = keras.models.load_model(tmp_path / "both.keras")
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(loaded([*X, *X])[1]), outputs(model), atol=1e-6
+    )
+
+
+def test_one_after_the_other(with_mlm):
+    """The tied embedding stays one."""
+    small = select_tokens(with_mlm, range(8))
+    small = extend_positions(select_blocks(small, [1]), 10)
+    small = rename_layers(small, "a_")
+    assert [x.shape[-1] for x in small.outputs] == [SIZES["hidden_size"], 8]
+    assert sum(w.path.endswith("token_embedding/embeddings") for w in small.weights) == 1

@@ -40,6 +40,7 @@ class GatedAttentionUnit(keras.layers.Layer):
         activation: act. Default: "silu".
         dropout: rate of dropout on the attention weights. Default: 0.
         position: a `RotaryPosition`, for instance. Default: none.
+        causal: tokens see no later ones. Default: False.
         kernel_initializer: of both layers. Default: "glorot_uniform".
 
     Call arguments:
@@ -65,6 +66,7 @@ class GatedAttentionUnit(keras.layers.Layer):
         activation: Any = "silu",
         dropout: float = 0.0,
         position: Position | None = None,
+        causal: bool = False,
         kernel_initializer: Any = "glorot_uniform",
         **kwargs: Any,
     ) -> None:
@@ -83,6 +85,7 @@ class GatedAttentionUnit(keras.layers.Layer):
         self.activation = keras.activations.get(activation)
         self.dropout = dropout
         self.position = position
+        self.causal = causal
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.input_dense = self._dense("input_dense", 2 * units + key_dim, self.activation)
         self.dropout_layer = keras.layers.Dropout(
@@ -117,6 +120,7 @@ class GatedAttentionUnit(keras.layers.Layer):
         attention_mask: Any = None,
         training: bool | None = None,
         mask: Any = None,
+        inputs_mask: Any = None,  # what Keras calls it beside an attention_mask
     ) -> Any:
         position = self.position or Position()
         if training:
@@ -126,12 +130,13 @@ class GatedAttentionUnit(keras.layers.Layer):
         query, key, value = (ops.expand_dims(x, 2) for x in (z, z, v))  # of one head
         query = position.encode(query * ops.cast(self.query_gamma, z.dtype), positions)
         key = position.encode(key * ops.cast(self.key_gamma, z.dtype), positions)
-        seen = join_masks(mask, attention_mask)
+        seen = join_masks(mask if inputs_mask is None else inputs_mask, attention_mask)
         attended = dot_product_attention(
-            log_scaled(query, key, LOG_LENGTH, seen, least=LEAST),
+            log_scaled(query, key, LOG_LENGTH, seen, self.causal, LEAST),
             key,
             value,
             mask=seen,
+            causal=self.causal,
             position=position,
             positions=(positions, positions),
             dropout=(lambda w: self.dropout_layer(w, training=True))
@@ -151,6 +156,7 @@ class GatedAttentionUnit(keras.layers.Layer):
             "activation": keras.activations.serialize(self.activation),
             "dropout": self.dropout,
             "position": serialize_unbuilt(self.position),
+            "causal": self.causal,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
         }
 

@@ -59,12 +59,14 @@ def test_formula(length):
     np.testing.assert_allclose(ops.convert_to_numpy(unit(inputs)), expected, atol=2e-4)
 
 
-def test_masks_hide_and_count():
-    unit, inputs = unit_of(40)
+@pytest.mark.parametrize("by_argument", [True, False])
+def test_masks_hide_and_count(by_argument):
+    unit, inputs = unit_of(40, causal=not by_argument)
     causal = np.tri(40, dtype=bool)[None]
-    padding = np.arange(40) < np.array([[40], [30]])
+    padding = np.arange(40) >= np.array([[0], [3]])  # on the left, where it would be seen
     inputs = np.where(padding[..., None], inputs, 0)
-    outputs = unit(keras.layers.Masking()(inputs), attention_mask=causal)
+    pattern = {"attention_mask": causal} if by_argument else {}
+    outputs = unit(keras.layers.Masking()(inputs), **pattern)
     expected = reference(unit, inputs, causal & padding[:, None])
     np.testing.assert_allclose(ops.convert_to_numpy(outputs), expected, atol=2e-4)
 

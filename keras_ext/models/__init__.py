@@ -11,6 +11,7 @@ from keras_ext.models.build import (
 from keras_ext.models.checkpoints import CheckpointReport
 from keras_ext.models.electra import ELECTRA, ELECTRAGenerator
 from keras_ext.models.gau_alpha import GAUAlpha
+from keras_ext.models.hub import download_model
 from keras_ext.models.hwfa import hwfa_layers
 from keras_ext.models.nezha import NEZHA
 from keras_ext.models.roformer import RoFormer
@@ -37,6 +38,7 @@ __all__ = [
     "RoFormer",
     "RoFormerV2",
     "build_transformer_model",
+    "download_model",
     "extend_positions",
     "hwfa_layers",
     "load_checkpoint",

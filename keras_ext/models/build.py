@@ -19,6 +19,7 @@ from keras_ext.models.bert import BERT
 from keras_ext.models.checkpoints import CheckpointReport, load_weights, save_weights
 from keras_ext.models.electra import ELECTRA, ELECTRAGenerator
 from keras_ext.models.gau_alpha import GAUAlpha
+from keras_ext.models.hub import download_model, is_repository
 from keras_ext.models.nezha import NEZHA
 from keras_ext.models.roformer import RoFormer
 from keras_ext.models.roformer_v2 import RoFormerV2
@@ -58,9 +59,10 @@ def build_transformer_model(
     then the outputs of the heads asked for, in the order of the arguments.
 
     Args:
-        config: a JSON file, a directory with `bert_config.json` or `config.json`, or a dict.
-        checkpoint: prefix or directory of a TensorFlow checkpoint, or directory of a Hugging
-            Face model with safetensors. Default: fresh weights.
+        config: a JSON file, a directory with `bert_config.json` or `config.json`, the id of a
+            repository of huggingface.co (see `download_model`), or a dict.
+        checkpoint: prefix or directory of a TensorFlow checkpoint, directory or repository of
+            a Hugging Face model with safetensors. Default: fresh weights.
         model: the family: "albert", "bert" (also RoBERTa-wwm, MacBERT, RBT3), "electra",
             "electra_generator", "gau_alpha", "nezha", "roformer" or "roformer_v2". Default: the
             `model_type` of the configuration, or "bert" where it has none.
@@ -84,6 +86,7 @@ def build_transformer_model(
         ValueError: the family is unknown or has no such head, the configuration is incomplete
             or not of this family, or the checkpoint does not fit.
         FileNotFoundError: configuration or checkpoint is absent.
+        OSError: a repository cannot be reached.
 
     Example:
         >>> directory = "chinese_L-12_H-768_A-12"
@@ -109,6 +112,7 @@ def build_transformer_model(
     family = dataclasses.replace(family, **given)
     transformer = family.build(**heads)
     if checkpoint is not None:
+        checkpoint = _local(checkpoint)
         transformer.checkpoint_report = load_weights(transformer, checkpoint, family.names)
     return transformer
 
@@ -138,7 +142,7 @@ def load_checkpoint(
         bert_model.ckpt: 21 weights loaded, 2 variables ignored, 0 weights fresh
           ignored 2: not in the model
     """
-    return load_weights(model, checkpoint, _family(family).names)
+    return load_weights(model, _local(checkpoint), _family(family).names)
 
 
 def save_transformer_model(
@@ -214,10 +218,15 @@ def _family(name: str) -> type[BERT]:
     return FAMILIES[name]
 
 
+def _local(path: str | os.PathLike) -> str | os.PathLike:
+    """The directory of a repository's files, any other path as it is."""
+    return download_model(path) if is_repository(path) else path
+
+
 def _read_config(config: str | os.PathLike | Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
         return config
-    path = Path(config)
+    path = Path(_local(config))
     if path.is_dir():
         present = [path / name for name in CONFIG_FILES if (path / name).is_file()]
         if not present:

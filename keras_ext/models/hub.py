@@ -1,0 +1,71 @@
+"""Models of huggingface.co, or of the mirror that `HF_ENDPOINT` names.
+
+Only configurations, vocabularies and safetensors are fetched: no code, nothing pickled. Files
+are kept by `huggingface_hub`, which fetches them once, and goes on after an interruption.
+"""
+
+import os
+import re
+from pathlib import Path
+
+FILES = ["config.json", "bert_config.json", "tokenizer*.json", "vocab.txt", "*.safetensors*"]
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+ADDRESS = "https://huggingface.co"
+
+
+def download_model(repository: str) -> Path:
+    """Fetch a model, unless it is there; the directory of its files.
+
+    `HF_ENDPOINT` is read at the call. The rest is as `huggingface_hub` has it: `HF_HOME`,
+    `HF_TOKEN`, `HF_HUB_OFFLINE`.
+
+    Args:
+        repository: its id, such as "hfl/rbt3".
+
+    Raises:
+        ImportError: `huggingface_hub` is not installed.
+        ValueError: that is no id, or the repository has no safetensors.
+        OSError: there is no such repository, or it cannot be reached.
+
+    Example:
+        >>> directory = download_model("hfl/rbt3")
+        >>> bert = build_transformer_model(directory, directory)
+        >>> tokenizer = WordPieceTokenizer(directory / "vocab.txt")
+    """
+    if not REPOSITORY.fullmatch(repository):
+        raise ValueError(f"repository must be an id such as 'hfl/rbt3', got {repository!r}.")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(
+            "Models of huggingface.co need huggingface_hub: pip install 'keras-ext[nlp]'"
+        ) from error
+    endpoint = os.environ.get("HF_ENDPOINT", ADDRESS)
+    try:
+        path = huggingface_hub.snapshot_download(
+            repository, allow_patterns=FILES, endpoint=endpoint
+        )
+    except Exception as error:  # its kinds differ between versions of huggingface_hub
+        raise OSError(
+            f"{repository} cannot be fetched from {endpoint} ({type(error).__name__}: "
+            f"{error}). Check the id and the connection, set HF_ENDPOINT to a mirror, or give "
+            "a directory with its files."
+        ) from error
+    directory = Path(path)
+    if not any(directory.glob("*.safetensors")):
+        raise ValueError(
+            f"{repository} has no safetensors, and what is pickled can run any code when it is "
+            "read. Convert it where you trust it, with transformers: "
+            f"AutoModelForPreTraining.from_pretrained({repository!r}).save_pretrained(directory)"
+        )
+    return directory
+
+
+def is_repository(name: str | os.PathLike) -> bool:
+    """Whether this can only mean a repository: owner/model, and neither is a local path."""
+    return (
+        isinstance(name, str)
+        and REPOSITORY.fullmatch(name) is not None
+        and not Path(name).exists()
+        and not Path(name).parent.exists()
+    )

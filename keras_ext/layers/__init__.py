@@ -32,13 +32,14 @@ from keras_ext.layers.linear_chain import (
     crf_negative_log_likelihood,
     crf_path_score,
 )
-from keras_ext.layers.norms import RMSNorm
+from keras_ext.layers.norms import ConditionalLayerNormalization, RMSNorm
 from keras_ext.layers.theseus import TheseusModule
 from keras_ext.layers.transformer import FeedForward, TransformerBlock, gelu_tanh
 
 __all__ = [
     "CRF",
     "Bias",
+    "ConditionalLayerNormalization",
     "CosineDense",
     "EfficientGlobalPointer",
     "FavorAttention",

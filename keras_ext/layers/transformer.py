@@ -112,6 +112,7 @@ class TransformerBlock(keras.layers.Layer):
         inputs: (batch, length, width). The output is like it.
         attention_mask: boolean, passed to `attention`; True = attend. Default: None.
         memory: what x attends to, (batch, sources, width). Default: x itself.
+        condition: passed to both norms, such as `ConditionalLayerNormalization`. Default: None.
 
     Example:
         >>> block = TransformerBlock(MultiHeadAttention(4, 8), FeedForward(64), dropout=0.1)
@@ -139,23 +140,25 @@ class TransformerBlock(keras.layers.Layer):
             dropout, name="dropout", dtype=self.dtype_policy
         )
 
-    def build(self, inputs_shape: tuple) -> None:
+    def build(self, inputs_shape: tuple, condition_shape: tuple | None = None) -> None:
         inputs = keras.KerasTensor(inputs_shape, dtype=self.compute_dtype)
         self.attention(inputs, inputs)  # a call builds any layer, whatever its `build` takes
         self.feed_forward(inputs)
-        self.attention_norm.build(inputs_shape)
-        self.feed_forward_norm.build(inputs_shape)
+        condition = () if condition_shape is None else (condition_shape,)
+        self.attention_norm.build(inputs_shape, *condition)
+        self.feed_forward_norm.build(inputs_shape, *condition)
 
     def call(
         self,
         inputs: Any,
         attention_mask: Any = None,
         memory: Any = None,
+        condition: Any = None,
         training: bool | None = None,
     ) -> Any:
         pattern = {} if attention_mask is None else {"attention_mask": attention_mask}
         attended = self.attention(inputs, inputs if memory is None else memory, **pattern)
-        return self._after_attention(inputs, attended, training)
+        return self._after_attention(inputs, attended, training, condition)
 
     def step(self, inputs: Any, state: Any) -> tuple[Any, Any]:
         """One token more, (batch, 1, width), after a causal attention; no dropout.
@@ -169,12 +172,18 @@ class TransformerBlock(keras.layers.Layer):
         attended, state = self.attention.step(inputs, state)
         return self._after_attention(inputs, attended, training=False), state
 
-    def _after_attention(self, inputs: Any, attended: Any, training: bool | None) -> Any:
-        x = self.attention_norm(inputs + self.dropout_layer(attended, training=training))
-        y = self.feed_forward(x)
-        return self.feed_forward_norm(x + self.dropout_layer(y, training=training))
+    def _after_attention(
+        self, inputs: Any, attended: Any, training: bool | None, condition: Any = None
+    ) -> Any:
+        given = () if condition is None else (condition,)
+        x = inputs + self.dropout_layer(attended, training=training)
+        x = self.attention_norm(x, *given)
+        y = x + self.dropout_layer(self.feed_forward(x), training=training)
+        return self.feed_forward_norm(y, *given)
 
-    def compute_output_shape(self, inputs_shape: tuple) -> tuple:
+    def compute_output_shape(
+        self, inputs_shape: tuple, condition_shape: tuple | None = None
+    ) -> tuple:
         return inputs_shape
 
     def get_config(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from keras_ext.models.nezha import NEZHA
 from keras_ext.models.roformer import RoFormer
 from keras_ext.models.roformer_v2 import RoFormerV2
 from keras_ext.models.surgery import (
+    condition_norms,
     extend_positions,
     rename_layers,
     replace_attention,
@@ -38,6 +39,7 @@ __all__ = [
     "RoFormer",
     "RoFormerV2",
     "build_transformer_model",
+    "condition_norms",
     "download_model",
     "extend_positions",
     "hwfa_layers",

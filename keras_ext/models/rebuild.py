@@ -25,6 +25,7 @@ def rebuild(
     copies: Iterable[tuple] = (),
     inputs: list[keras.KerasTensor] | None = None,
     name: str | None = None,
+    further: Iterable[keras.KerasTensor] = (),
 ) -> keras.Model:
     """The same graph on copies of all layers, except where `call(layer, *args)` gives outputs.
 
@@ -33,7 +34,10 @@ def rebuild(
             of the first are copied to the second.
         inputs: what the graph starts from. Default: new inputs of the same names.
         name: of the model. Default: that of `model`.
+        further: inputs that only `call` uses.
     """
+    if further:
+        inputs = [*(inputs or [_like(x) for x in model.inputs]), *further]
     copied: list[tuple[keras.layers.Layer, keras.layers.Layer]] = []
     made: dict[int, Any] = {}
 
@@ -49,7 +53,7 @@ def rebuild(
 
     # A new model of the same graph is not compiled; Keras would compile the clone as well.
     rebuilt = keras.models.clone_model(
-        keras.Model(model.inputs, model.output, name=name or model.name),
+        keras.Model([*model.inputs, *further], model.output, name=name or model.name),
         input_tensors=inputs,
         clone_function=lambda layer: layer,
         call_function=call_copy,
@@ -57,6 +61,10 @@ def rebuild(
     for layer, copy in (*copied, *copies):
         copy.set_weights(layer.get_weights())
     return rebuilt
+
+
+def _like(x: keras.KerasTensor) -> keras.KerasTensor:
+    return keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name)
 
 
 def copy_layer(layer: Any, **changes: Any) -> Any:

@@ -4,13 +4,15 @@
     select_tokens        another vocabulary: tokens of the old one, and means of them
     select_blocks        some of the blocks, such as the first, or every other
     extend_positions     learnt positions for longer texts
+    condition_norms      layer norms that depend on a further input
     rename_layers        other names, for two models side by side
 
 The models made here are copies: nothing done to one of them changes another. They can be used
 one after the other, on models of `build_transformer_model` and on functional models on their
 outputs, such as `keras.Model(bert.inputs, Dense(2)(bert.output[:, 0]))`.
 
-Sources: kexue.fm/archives/7661 (another attention), 8739 (tokens), 7947 (positions).
+Sources: kexue.fm/archives/7661 (another attention), 8739 (tokens), 7947 (positions), 7124
+(condition).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +22,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ext.layers.transformer import serialize_unbuilt
+from keras_ext.layers.norms import ConditionalLayerNormalization
+from keras_ext.layers.transformer import TransformerBlock, serialize_unbuilt
 from keras_ext.models.rebuild import blocks_of, copy_layer, rebuild
 
 
@@ -207,6 +210,66 @@ def extend_positions(model: keras.Model, max_length: int, alpha: float = 0.4) ->
         return alpha * u[i] + (1 - alpha) * u[j]
 
     return _changed(model, change, extended)
+
+
+def condition_norms(model: keras.Model, size: int) -> keras.Model:
+    """The model with a further input, `condition`, that its layer norms depend on.
+
+    At first it makes no difference: see `ConditionalLayerNormalization`. The norms are those of
+    the blocks and of the layers around them.
+
+    Args:
+        model: with `LayerNormalization` layers, in `TransformerBlock`s or alone.
+        size: features of the condition.
+
+    Returns:
+        A `keras.Model` of the inputs of `model` and then the condition (batch, size), with the
+        outputs of `model`, not compiled.
+
+    Raises:
+        ValueError: `size` is not positive, or the model has no such norm.
+
+    Example:
+        >>> conditional = condition_norms(bert, size=16)
+        >>> label = keras.Input((), dtype="int32")
+        >>> inputs = [*bert.inputs, keras.layers.Embedding(3, 16)(label)]
+        >>> model = keras.Model([*bert.inputs, label], conditional(inputs))
+
+    Reference: kexue.fm/archives/7124.
+    """
+    if size < 1:
+        raise ValueError(f"size must be positive, got {size}.")
+    condition = keras.Input((size,), name="condition")
+    pairs: dict[str, tuple[keras.layers.Layer, keras.layers.Layer]] = {}
+
+    def conditional(layer: keras.layers.Layer) -> keras.layers.Layer | None:
+        if isinstance(layer, keras.layers.LayerNormalization):
+            return ConditionalLayerNormalization(layer.epsilon, name=layer.name)
+        norm = getattr(layer, "attention_norm", None)
+        if isinstance(layer, TransformerBlock) and isinstance(
+            norm, keras.layers.LayerNormalization
+        ):
+            norm = ConditionalLayerNormalization(norm.epsilon)
+            return copy_layer(layer, norm=serialize_unbuilt(norm))
+        return None
+
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if layer.name not in pairs:
+            made = conditional(layer)
+            if made is None:
+                return None
+            pairs[layer.name] = layer, made
+        return pairs[layer.name][1](*args, **kwargs, condition=condition)
+
+    changed = rebuild(model, call, further=[condition])
+    if not pairs:
+        raise ValueError(f"{model.name} has no LayerNormalization that could be conditioned.")
+    for old, new in pairs.values():
+        values = {weight.path: weight for weight in old.weights}
+        for weight in new.weights:
+            if weight.path in values:
+                weight.assign(values[weight.path])
+    return changed
 
 
 def rename_layers(model: keras.Model, prefix: str) -> keras.Model:

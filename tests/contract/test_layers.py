@@ -61,6 +61,11 @@ def theseus_module(**kwargs: Any) -> layers.TheseusModule:
 ROWS = [
     Row("Bias", layers.Bias, (HIDDEN,)),
     Row("CRF", layers.CRF, (HIDDEN,)),
+    Row(
+        "ConditionalLayerNormalization",
+        layers.ConditionalLayerNormalization,
+        (HIDDEN, np.float32([[1, 2, 3]] * len(HIDDEN))),
+    ),
     Row("CosineDense", lambda **k: layers.CosineDense(6, **k), (HIDDEN,)),
     Row(
         "EfficientGlobalPointer",

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_ext.layers import RMSNorm
+from keras_ext.layers import ConditionalLayerNormalization, RMSNorm
 
 X = np.random.default_rng(0).normal(size=(2, 3, 8)).astype("float32")
 
@@ -32,3 +32,19 @@ def test_equals_the_one_of_keras():
     np.testing.assert_allclose(
         *(ops.convert_to_numpy(layer(X)) for layer in (RMSNorm(), other)), atol=1e-6
     )
+
+
+def test_conditional_formula():
+    rng = np.random.default_rng(1)
+    layer, condition = ConditionalLayerNormalization(0.1), rng.normal(size=(2, 4))
+    layer.build(X.shape, condition.shape)
+    gamma, beta, to_gamma, to_beta = weights = [rng.normal(size=w.shape) for w in layer.weights]
+    layer.set_weights(weights)
+    wide = X.astype("float64")
+    wide -= wide.mean(-1, keepdims=True)
+    normal = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 0.1)
+    for text in range(2):
+        scale = gamma + condition[text] @ to_gamma
+        expected = normal[text] * scale + beta + condition[text] @ to_beta
+        outputs = ops.convert_to_numpy(layer(X, condition.astype("float32")))[text]
+        np.testing.assert_allclose(outputs, expected, atol=1e-5)

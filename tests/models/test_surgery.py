@@ -9,6 +9,7 @@ from models.small_bert import SIZES
 from keras_ext.layers import MultiHeadAttention
 from keras_ext.models import build_transformer_model, save_transformer_model
 from keras_ext.models.surgery import (
+    condition_norms,
     extend_positions,
     rename_layers,
     replace_attention,
@@ -193,3 +194,46 @@ def test_one_after_the_other(with_mlm):
     small = rename_layers(small, "a_")
     assert [x.shape[-1] for x in small.outputs] == [SIZES["hidden_size"], 8]
     assert sum(w.path.endswith("token_embedding/embeddings") for w in small.weights) == 1
+
+
+# ------------------------------------------------------------------ conditions
+
+
+def test_a_condition_makes_no_difference_at_first(with_mlm, tmp_path):
+    changed = condition_norms(with_mlm, 3)
+    assert [x.name for x in changed.inputs] == ["token_ids", "segment_ids", "condition"]
+    condition = np.float32([[1, 2, 3], [-4, 5, 6]])
+    for one, other in zip(changed([*X, condition]), with_mlm(X), strict=True):
+        np.testing.assert_allclose(*map(ops.convert_to_numpy, (one, other)), atol=1e-5)
+    paths = [w.path for w in changed.weights if not w.path.endswith("_kernel")]
+    assert sorted(paths) == sorted(w.path for w in with_mlm.weights)
+    norms = 2 * SIZES["num_hidden_layers"] + 2  # of the embeddings and of the MLM head
+    assert len(changed.weights) - len(with_mlm.weights) == 2 * norms
+
+    for weight in changed.weights:
+        if weight.path.endswith("encoder_1/attention_norm/gamma_kernel"):
+            weight.assign(np.ones(weight.shape))
+    outputs = ops.convert_to_numpy(changed([*X, condition])[0])
+    assert np.abs(outputs - ops.convert_to_numpy(with_mlm(X)[0])).max() > 0.1
+    changed.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(ops.convert_to_numpy(loaded([*X, condition])[0]), outputs)
+
+
+def test_each_text_has_its_own_condition(with_mlm):
+    changed = condition_norms(with_mlm, 1)
+    for index, weight in enumerate(changed.weights):
+        if weight.path.endswith("_kernel"):
+            weight.assign(np.random.default_rng(index).normal(size=weight.shape))
+    both = ops.convert_to_numpy(changed([*X, np.float32([[1], [2]])])[0])
+    for text, value in ((0, 1.0), (1, 2.0)):
+        alone = changed([x[text : text + 1] for x in X] + [np.float32([[value]])])[0]
+        np.testing.assert_allclose(both[text], ops.convert_to_numpy(alone)[0], atol=1e-5)
+
+
+def test_norms_that_cannot_be_conditioned(with_mlm):
+    with pytest.raises(ValueError, match="size must be positive, got 0"):
+        condition_norms(with_mlm, 0)
+    rms = build_transformer_model(SIZES, model="roformer_v2")
+    with pytest.raises(ValueError, match="roformer_v2 has no LayerNormalization that could"):
+        condition_norms(rms, 3)

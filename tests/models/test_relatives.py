@@ -288,8 +288,12 @@ def test_keras_file_and_padding(family, tmp_path):
     assert np.isfinite(run(model, 0 * TOKENS)[0]).all()
 
 
+# Of the others every part is a part of these, too.
+DIFFERENT = ["albert", "nezha", "gau_alpha"]
+
+
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch.compile takes minutes")
-@pytest.mark.parametrize("family", HEADS)
+@pytest.mark.parametrize("family", DIFFERENT)
 def test_compiled_equals_eager(family):
     model = random_model(family, **flags(family))
     model.compile(jit_compile=True)
@@ -298,7 +302,7 @@ def test_compiled_equals_eager(family):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", HEADS)
+@pytest.mark.parametrize("family", DIFFERENT)
 def test_bfloat16_is_near_float32(family):
     exact = run(random_model(family))
     policy = keras.config.dtype_policy()
@@ -314,7 +318,7 @@ def test_bfloat16_is_near_float32(family):
     assert np.abs(difference[real]).max() < 0.1
 
 
-@pytest.mark.parametrize("family", ["albert", "roformer", "nezha", "electra"])
+@pytest.mark.parametrize("family", ["albert", "roformer"])
 def test_another_attention(family):
     """With the same projections, and for ALBERT one for all layers of a group."""
     from keras_ext.layers import MultiHeadAttention
@@ -325,7 +329,7 @@ def test_another_attention(family):
     )
     assert values_of(changed).keys() == values_of(model).keys()
     same = np.allclose(run(changed), run(model), atol=1e-5)
-    assert same == (family in ("albert", "electra"))  # the others lose their positions
+    assert same == (family == "albert")  # the other loses its positions
 
 
 def test_blocks_of_a_group_are_one():
@@ -444,7 +448,7 @@ def changes(model, tokens, place, segments):
     return np.abs(one - two).max(-1) > 1e-4
 
 
-@pytest.mark.parametrize("family", ["bert", *HEADS])
+@pytest.mark.parametrize("family", DIFFERENT)
 def test_language_model(family):
     model = random_model(family, application="lm")
     tokens = np.array([[3, 1, 4, 1, 5, 9, 0]], "int32")
@@ -453,7 +457,7 @@ def test_language_model(family):
         np.testing.assert_array_equal(changed[0, :6], np.arange(6) >= place)
 
 
-@pytest.mark.parametrize("family", ["bert", *HEADS])
+@pytest.mark.parametrize("family", DIFFERENT)
 def test_unilm(family):
     """Places 0 to 2 are the first text, 3 to 5 the second, 6 is padding of segment 0."""
     model = random_model(family, application="unilm")

@@ -10,23 +10,22 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from keras_ext import layers
-from keras_ext.models.bert import ACTIVATIONS, huggingface_names, tensorflow_names
+from keras_ext.models.bert import ACTIVATIONS, Layers, huggingface_names, tensorflow_names
 from keras_ext.models.checkpoints import NameTable
 from keras_ext.models.roformer_v2 import TABLES, RoFormerV2
 
 KERNEL = (("kernel", "kernel", "weight.T"),)
-UNITS = (
-    ("encoder_{i}/attention/input_dense", "GAU_alpha/encoder/layer_{i}/gau/i_dense", KERNEL),
-    ("encoder_{i}/attention/output_dense", "GAU_alpha/encoder/layer_{i}/gau/o_dense", KERNEL),
-    *(
-        (
-            "encoder_{i}/attention",
-            f"GAU_alpha/encoder/layer_{{i}}/gau/{theirs}_scaleoffset",
-            ((f"{ours}_gamma", "gamma", "weight"),),
-        )
-        for ours, theirs in (("query", "q"), ("key", "k"))
-    ),
-)
+
+
+def _units(scope: str) -> Layers:
+    """The weights of all units, whose names in a checkpoint begin with `scope`."""
+    unit, theirs = "encoder_{i}/attention", scope + "/encoder/layer_{i}/gau/"
+    return (
+        (f"{unit}/input_dense", f"{theirs}i_dense", KERNEL),
+        (f"{unit}/output_dense", f"{theirs}o_dense", KERNEL),
+        (unit, f"{theirs}q_scaleoffset", (("query_gamma", "gamma", "weight"),)),
+        (unit, f"{theirs}k_scaleoffset", (("key_gamma", "gamma", "weight"),)),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +45,8 @@ class GAUAlpha(RoFormerV2):
 
     family: ClassVar[str] = "gau_alpha"
     names: ClassVar[Mapping[str, NameTable]] = {
-        "tensorflow": tensorflow_names((*TABLES, *UNITS)),
-        "huggingface": huggingface_names((*TABLES, *UNITS), model="gau_alpha"),
+        "tensorflow": tensorflow_names((*TABLES, *_units("GAU_alpha"))),
+        "huggingface": huggingface_names((*TABLES, *_units("bert")), model="gau_alpha"),
     }
 
     def block(self, name: str) -> layers.GatedAttentionBlock:

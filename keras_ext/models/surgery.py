@@ -136,7 +136,7 @@ def select_blocks(model: keras.Model, blocks: Iterable[int]) -> keras.Model:
     """The model with some of its blocks only, which are numbered anew.
 
     Args:
-        model: with blocks `encoder_0` ..., each used once.
+        model: with blocks `encoder_0` ...
         blocks: their numbers, in rising order: `range(6)` for the first six, `range(0, 12, 2)`
             for every other.
 
@@ -156,16 +156,18 @@ def select_blocks(model: keras.Model, blocks: Iterable[int]) -> keras.Model:
         )
     names = {f"encoder_{old}": f"encoder_{new}" for new, old in enumerate(numbers)}
     dropped = {block.name for block in found} - names.keys()
-    copies = []
+    made = {
+        block.name: copy_layer(block, name=names[block.name])
+        for block in found
+        if block.name in names
+    }
 
     def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
         if layer.name in dropped:
             return args[0]
-        if layer.name not in names:
-            return None
-        copies.append((layer, copy_layer(layer, name=names[layer.name])))
-        return copies[-1][1](*args, **kwargs)
+        return made[layer.name](*args, **kwargs) if layer.name in made else None
 
+    copies = [(block, made[block.name]) for block in found if block.name in made]
     return rebuild(model, call, copies)
 
 

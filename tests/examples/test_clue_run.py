@@ -18,6 +18,7 @@ import run
 import submit
 import tnews
 from clue_files import CLUE, LABELS, TINY, sentences, start, write_lines
+from errors import UserError
 from settings import Settings
 
 FILES = [
@@ -205,6 +206,15 @@ def test_another_attention_has_the_projections_of_the_encoder(name):
     assert type(other) is encoder.ATTENTIONS[name]
     for old, new in zip(plain.trainable_weights, other.trainable_weights, strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+def test_other_families():
+    data = tnews.load(run.SAMPLE / "tnews")
+    config = {"model": None, "family": "roformer", "vocab": None, "cased": False}
+    trunk = encoder.build(config, Settings(layers=1, hidden=8), data)[1]
+    assert "position_embedding" not in [layer.name for layer in trunk.layers]
+    with pytest.raises(UserError, match=r"Unknown family 'llama'\. Known: albert, bert"):
+        encoder.build({**config, "family": "llama"}, Settings(layers=1, hidden=8), data)
 
 
 def test_a_submission_is_packed_only_if_all_is_well(finished_run, tmp_path, capsys):

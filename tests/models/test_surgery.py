@@ -146,6 +146,16 @@ def test_blocks_that_are_kept_follow_one_another(kept):
     assert paths == set(names)  # so a checkpoint of so many blocks fits
 
 
+def test_a_shared_block_is_kept_or_dropped_in_all_its_places():
+    config = {**SIZES, "num_hidden_layers": 4, "num_hidden_groups": 2, "embedding_size": 4}
+    albert = build_transformer_model(config, model="albert")
+    hidden = keras.Model(albert.inputs, albert.get_layer("embedding_projection").output)(X)
+    for _ in range(2):
+        hidden = albert.get_layer("encoder_1")(hidden, attention_mask=(IDS != 0)[:, None])
+    second = select_blocks(albert, [1])
+    np.testing.assert_allclose(outputs(second), ops.convert_to_numpy(hidden), atol=1e-5)
+
+
 @pytest.mark.parametrize("blocks", [[], [2], [1, 0], [0, 0], [-1]])
 def test_bad_blocks_to_keep(model, blocks):
     with pytest.raises(ValueError, match="blocks must be rising numbers from 0 to 1, got"):

@@ -78,6 +78,15 @@ def docstring_files(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def docstring_bert() -> keras.Model:
+    """The `bert` of examples: twelve blocks and the vocabulary of a Chinese BERT, no width."""
+    from keras_ext.models import build_transformer_model
+
+    config = {"vocab_size": 21128, "hidden_size": 4, "num_hidden_layers": 12}
+    return build_transformer_model({**config, "num_attention_heads": 2, "intermediate_size": 4})
+
+
 @pytest.fixture(autouse=True)
 def docstring_names(request, doctest_namespace):
     """What the examples in docstrings take for granted: files, data, public names."""
@@ -89,6 +98,8 @@ def docstring_names(request, doctest_namespace):
     keras.utils.set_random_seed(0)
     for part in map(keras_ext.__dict__.get, keras_ext.__all__):
         doctest_namespace.update({name: getattr(part, name) for name in part.__all__})
+    if "bert" in request.node.dtest.docstring:
+        doctest_namespace["bert"] = request.getfixturevalue("docstring_bert")
     inputs = keras.Input((4,))
     doctest_namespace.update(
         {module.__name__: module for module in (dataclasses, json, keras)},

@@ -63,7 +63,9 @@ def measure(task: str, directory: Path, backend: str) -> None:
     head = importlib.import_module(module.HEAD.format(head=settings.head))
     tokens = build_vocabulary(data.train.texts())[: BASE["vocab_size"]]
     tokenizer = WordPieceTokenizer(tokens)
-    rows = head.encode(tokenizer, longest(data.train, 4 * settings.batch_size), data, settings)
+    # A head may ask whether a split is the one to train on.
+    data = dataclasses.replace(data, train=longest(data.train, 4 * settings.batch_size))
+    rows = head.encode(tokenizer, data.train, data, settings)
     train = finetune.make_batches([rows, rows], fast, seed=0)[0]
     longest_first = sorted(range(len(train)), key=lambda i: -train[i][0][0].size)
 

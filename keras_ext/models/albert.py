@@ -77,7 +77,7 @@ class ALBERT(BERT):
         ValueError: as of `BERT`, or there are more groups than layers.
 
     Example:
-        >>> model = build_transformer_model("albert_config.json", model="albert")
+        >>> model = build_transformer_model("bert_config.json", model="albert")
     """
 
     embedding_size: int | None = 128

@@ -53,7 +53,7 @@ class ELECTRA(BERT):
     """The sizes of an ELECTRA discriminator. Its only head is `with_discriminator`.
 
     Example:
-        >>> model = build_transformer_model("config.json", model="electra")
+        >>> model = build_transformer_model("bert_config.json", model="electra")
     """
 
     family: ClassVar[str] = "electra"
@@ -99,7 +99,7 @@ class ELECTRAGenerator(ELECTRA):
     """The sizes of an ELECTRA generator. Its only head is `with_mlm`.
 
     Example:
-        >>> model = build_transformer_model("config.json", model="electra_generator")
+        >>> model = build_transformer_model("bert_config.json", model="electra_generator")
     """
 
     names: ClassVar[Mapping[str, NameTable]] = {

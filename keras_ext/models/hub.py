@@ -27,10 +27,11 @@ def download_model(repository: str) -> Path:
         ValueError: that is no id, or the repository has no safetensors.
         OSError: there is no such repository, or it cannot be reached.
 
-    Example:
-        >>> directory = download_model("hfl/rbt3")
-        >>> bert = build_transformer_model(directory, directory)
-        >>> tokenizer = WordPieceTokenizer(directory / "vocab.txt")
+    Example, which needs the network:
+
+        directory = download_model("hfl/rbt3")
+        bert = build_transformer_model(directory, directory)
+        tokenizer = WordPieceTokenizer(directory / "vocab.txt")
     """
     if not REPOSITORY.fullmatch(repository):
         raise ValueError(f"repository must be an id such as 'hfl/rbt3', got {repository!r}.")

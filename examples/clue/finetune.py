@@ -9,7 +9,7 @@ from typing import Any
 import encoder
 import keras
 import numpy as np
-import theseus
+import theseus_compression
 from data import Rows, TaskData
 from progress import EpochProgress
 from record import Record, weights_only
@@ -59,7 +59,7 @@ def finetune(
     jit_compile = resolve_jit(config["jit_compile"])
     if config["theseus"]:
         teacher = Path(config["theseus"])
-        trunk, inputs, outputs = theseus.training_model(
+        trunk, inputs, outputs = theseus_compression.training_model(
             trunk, head, data, settings, teacher, jit_compile
         )
     else:
@@ -71,11 +71,11 @@ def finetune(
 
     record = Record(run, head.METRIC, evaluate, averaged=settings.ema > 0)
     updates = settings.epochs * len(train) // settings.accum
-    replacement = [theseus.schedule(updates)] if config["theseus"] else []
+    replacement = [theseus_compression.schedule(updates)] if config["theseus"] else []
     train_model(model, train, settings, record, *replacement)
     weights_only(model).load_weights(run / "best.weights.h5")
     if config["theseus"]:
-        small = theseus.successor(model, trunk, head, data, settings)
+        small = theseus_compression.successor(model, trunk, head, data, settings)
         with replacing(run / "successor.weights.h5") as partial:
             small.save_weights(partial)
     for name, batches, row in zip(data.tests, tests, rows[2:], strict=True):

@@ -99,6 +99,7 @@ HEADS = (
 
 
 LAYERS = (*EMBEDDINGS, *BLOCKS, *HEADS)
+WITHOUT_POSITIONS = tuple(row for row in LAYERS if row[0] != "position_embedding")
 
 
 TIED = "tied to the token embedding and the MLM bias"
@@ -287,11 +288,7 @@ class BERT:
 
     def embed(self, tokens: Any, segment_ids: Any) -> Any:
         """Add segments and positions to the token embeddings, normalise, drop, widen."""
-        hidden = layers.SegmentEmbedding(
-            self.type_vocab_size,
-            embeddings_initializer=self.table_initializer(),
-            name="segment_embedding",
-        )(tokens, segment_ids)
+        hidden = self.add_segments(tokens, segment_ids)
         if self.learned_positions:
             hidden = layers.PositionEmbedding(
                 self.max_position_embeddings,
@@ -305,6 +302,13 @@ class BERT:
         if self.embedding_size == self.hidden_size:
             return hidden
         return self.dense(self.hidden_size, "embedding_projection")(hidden)
+
+    def add_segments(self, tokens: Any, segment_ids: Any) -> Any:
+        return layers.SegmentEmbedding(
+            self.type_vocab_size,
+            embeddings_initializer=self.table_initializer(),
+            name="segment_embedding",
+        )(tokens, segment_ids)
 
     def encode(self, hidden: Any, **pattern: Any) -> Any:
         """All blocks, called with `pattern`."""

@@ -12,10 +12,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from keras_ext.layers import RelativePosition
-from keras_ext.models.bert import BERT, IMPLIED, LAYERS, huggingface_names, tensorflow_names
+from keras_ext.models.bert import (
+    BERT,
+    IMPLIED,
+    WITHOUT_POSITIONS,
+    huggingface_names,
+    tensorflow_names,
+)
 from keras_ext.models.checkpoints import NameTable
-
-NEZHA_LAYERS = tuple(row for row in LAYERS if row[0] != "position_embedding")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,8 +35,8 @@ class NEZHA(BERT):
     family: ClassVar[str] = "nezha"
     implied: ClassVar[Mapping[str, Any]] = {**IMPLIED, "use_relative_position": True}
     names: ClassVar[Mapping[str, NameTable]] = {
-        "tensorflow": tensorflow_names(NEZHA_LAYERS),
-        "huggingface": huggingface_names(NEZHA_LAYERS, model="nezha"),
+        "tensorflow": tensorflow_names(WITHOUT_POSITIONS),
+        "huggingface": huggingface_names(WITHOUT_POSITIONS, model="nezha"),
     }
     learned_positions: ClassVar[bool] = False
 

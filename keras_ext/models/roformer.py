@@ -17,13 +17,11 @@ from keras_ext.models.bert import (
     BERT,
     DENSE,
     IMPLIED,
-    LAYERS,
+    WITHOUT_POSITIONS,
     huggingface_names,
     tensorflow_names,
 )
 from keras_ext.models.checkpoints import NameTable
-
-ROFORMER_LAYERS = tuple(row for row in LAYERS if row[0] != "position_embedding")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,12 +39,12 @@ class RoFormer(BERT):
     names: ClassVar[Mapping[str, NameTable]] = {
         "tensorflow": tensorflow_names(
             (
-                *ROFORMER_LAYERS,
+                *WITHOUT_POSITIONS,
                 ("embedding_projection", "bert/encoder/embedding_hidden_mapping_in", DENSE),
             )
         ),
         "huggingface": huggingface_names(
-            (*ROFORMER_LAYERS, ("embedding_projection", "bert/embeddings_project", DENSE)),
+            (*WITHOUT_POSITIONS, ("embedding_projection", "bert/embeddings_project", DENSE)),
             model="roformer",
         ),
     }

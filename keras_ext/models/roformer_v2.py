@@ -60,11 +60,7 @@ class RoFormerV2(RoFormer):
 
     def embed(self, tokens: Any, segment_ids: Any) -> Any:
         """Add segments to the token embeddings, drop, normalise."""
-        hidden = layers.SegmentEmbedding(
-            self.type_vocab_size,
-            embeddings_initializer=self.table_initializer(),
-            name="segment_embedding",
-        )(tokens, segment_ids)
+        hidden = self.add_segments(tokens, segment_ids)
         hidden = keras.layers.Dropout(self.hidden_dropout_prob, name="embedding_dropout")(
             hidden
         )

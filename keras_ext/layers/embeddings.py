@@ -130,6 +130,7 @@ class PositionEmbedding(keras.layers.Layer):
 
     Call arguments:
         inputs: (batch, length, width), length at most `max_length`. The output is like it.
+        positions: integers (batch, length), where tokens stand. Default: 0 ... length - 1.
 
     Raises:
         ValueError: `max_length` is not positive, or the inputs are longer.
@@ -150,19 +151,23 @@ class PositionEmbedding(keras.layers.Layer):
         self.max_length = max_length
         self.embeddings_initializer = keras.initializers.get(embeddings_initializer)
 
-    def build(self, inputs_shape: tuple) -> None:
+    def build(self, inputs_shape: tuple, positions_shape: tuple | None = None) -> None:
         self.embeddings = self.add_weight(
             shape=(self.max_length, inputs_shape[-1]),
             initializer=self.embeddings_initializer,
             name="embeddings",
         )
 
-    def call(self, inputs: Any) -> Any:
+    def call(self, inputs: Any, positions: Any = None) -> Any:
         self._check_length(inputs.shape[1])
+        if positions is not None:
+            return inputs + ops.take(self.embeddings, positions, axis=0)
         # A slice and not a gather: its gradient is one dense copy.
         return inputs + self.embeddings[: ops.shape(inputs)[1]]
 
-    def compute_output_shape(self, inputs_shape: tuple) -> tuple:
+    def compute_output_shape(
+        self, inputs_shape: tuple, positions_shape: tuple | None = None
+    ) -> tuple:
         self._check_length(inputs_shape[1])
         return inputs_shape
 

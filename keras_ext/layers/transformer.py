@@ -1,11 +1,13 @@
 """The Transformer block and its position-wise feed-forward layer.
 
-    h = LayerNorm(x + Dropout(Attention(x, x)))
-    y = LayerNorm(h + Dropout(FeedForward(h)))
+    post-norm (the original Transformer, BERT, GPT)    pre-norm (GPT-2, T5)
+    h = Norm(x + Dropout(Attention(x, x)))             h = x + Dropout(Attention(n, n)), n = Norm(x)
+    y = Norm(h + Dropout(FeedForward(h)))              y = h + Dropout(FeedForward(Norm(h)))
 
-This is the post-norm form of the original Transformer and of BERT.
+The block of a decoder has an attention to a memory between the two, of the same form. The last
+pre-norm block needs a norm after it.
 
-Source: Vaswani et al. 2017, arXiv 1706.03762; kexue.fm/archives/8620.
+Source: Vaswani et al. 2017, arXiv 1706.03762; kexue.fm/archives/8620, 9009 (pre or post).
 """
 
 from typing import Any
@@ -32,12 +34,17 @@ class FeedForward(keras.layers.Layer):
     """Two dense layers at every position; the output has the width of the input.
 
         y = activation(x W₁ + b₁) W₂ + b₂
+        y = (activation(x W₁ + b₁) ⊙ (x V + c)) W₂ + b₂    if gated
+
+    Sublayers: `intermediate_dense` (W₁), `linear_dense` (V), `output_dense` (W₂).
 
     Args:
         units: width between the two layers.
         activation: of the first layer. Default: "gelu" (exact, by erf).
-        kernel_initializer: of both layers. Default: "glorot_uniform".
-        use_bias: of both layers. Default: True.
+        kernel_initializer: of all layers. Default: "glorot_uniform".
+        use_bias: of all layers. Default: True.
+        gated: multiply by a second product of the input. Default: False.
+        dropout: rate of dropout before W₂. Default: 0.
 
     Call arguments:
         inputs: (..., width). The output is like it.
@@ -45,6 +52,8 @@ class FeedForward(keras.layers.Layer):
     Example:
         >>> tuple(FeedForward(units=64)(keras.ops.zeros((2, 5, 16))).shape)
         (2, 5, 16)
+
+    Reference: gates: Shazeer 2020, arXiv 2002.05202.
     """
 
     def __init__(
@@ -53,15 +62,24 @@ class FeedForward(keras.layers.Layer):
         activation: Any = "gelu",
         kernel_initializer: Any = "glorot_uniform",
         use_bias: bool = True,
+        gated: bool = False,
+        dropout: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.supports_masking = True
         self.units = units
         self.use_bias = use_bias
+        self.gated = gated
+        self.dropout = dropout
         self.activation = keras.activations.get(activation)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.intermediate_dense = self._dense("intermediate_dense", units, self.activation)
+        if gated:
+            self.linear_dense = self._dense("linear_dense", units)
+        self.dropout_layer = keras.layers.Dropout(
+            dropout, name="dropout", dtype=self.dtype_policy
+        )
 
     def _dense(self, name: str, units: int, activation: Any = None) -> keras.layers.Dense:
         return keras.layers.Dense(
@@ -76,10 +94,15 @@ class FeedForward(keras.layers.Layer):
     def build(self, inputs_shape: tuple) -> None:
         self.output_dense = self._dense("output_dense", inputs_shape[-1])
         self.intermediate_dense.build(inputs_shape)
+        if self.gated:
+            self.linear_dense.build(inputs_shape)
         self.output_dense.build((*inputs_shape[:-1], self.units))
 
-    def call(self, inputs: Any) -> Any:
-        return self.output_dense(self.intermediate_dense(inputs))
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        x = self.intermediate_dense(inputs)
+        if self.gated:
+            x = x * self.linear_dense(inputs)
+        return self.output_dense(self.dropout_layer(x, training=training))
 
     def compute_output_shape(self, inputs_shape: tuple) -> tuple:
         return inputs_shape
@@ -91,28 +114,40 @@ class FeedForward(keras.layers.Layer):
             "activation": keras.activations.serialize(self.activation),
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "use_bias": self.use_bias,
+            "gated": self.gated,
+            "dropout": self.dropout,
         }
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
 class TransformerBlock(keras.layers.Layer):
-    """A post-norm Transformer block around any attention, feed-forward and norm.
+    """A Transformer block around any attention, feed-forward and norm.
 
-    Sublayers: those given, `attention_norm` and `feed_forward_norm`.
+    Sublayers: those given, `attention_norm`, `feed_forward_norm` and, with a cross attention,
+    `cross_attention_norm`.
 
     Args:
-        attention: layer called as `attention(x, memory)`, with `attention_mask=` where the
-            block is; it finds the padding as the Keras mask of the memory.
+        attention: layer called as `attention(x, memory)`, with `attention_mask=` and
+            `attention_bias=` where the block is; it finds the padding as the Keras mask of the
+            memory.
         feed_forward: layer called as `feed_forward(h)`.
         dropout: rate of dropout on the output of either. Default: 0.
-        norm: what normalises after either, a layer that two are made like. Default:
+        norm: what normalises, a layer that those of the block are made like. Default:
             `LayerNormalization(epsilon=1e-12)`.
+        pre_norm: normalise what enters the sublayers, not the sums. Default: False.
+        cross_attention: layer called as `cross_attention(h, memory)` between the two. Default:
+            none.
 
     Call arguments:
         inputs: (batch, length, width). The output is like it.
         attention_mask: boolean, passed to `attention`; True = attend. Default: None.
-        memory: what x attends to, (batch, sources, width). Default: x itself.
-        condition: passed to both norms, such as `ConditionalLayerNormalization`. Default: None.
+        memory: what `cross_attention` attends to, (batch, sources, width); without one it is
+            what `attention` attends to. Default: x itself.
+        condition: passed to the norms, such as `ConditionalLayerNormalization`. Default: None.
+        attention_bias: passed to `attention`. Default: None.
+
+    Raises:
+        ValueError: a block with a cross attention is called without memory.
 
     Example:
         >>> block = TransformerBlock(MultiHeadAttention(4, 8), FeedForward(64), dropout=0.1)
@@ -126,27 +161,46 @@ class TransformerBlock(keras.layers.Layer):
         feed_forward: keras.layers.Layer,
         dropout: float = 0.0,
         norm: keras.layers.Layer | None = None,
+        pre_norm: bool = False,
+        cross_attention: keras.layers.Layer | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.supports_masking = True
         self.attention = attention
         self.feed_forward = feed_forward
+        self.cross_attention = cross_attention
         self.dropout = dropout
+        self.pre_norm = pre_norm
         self.norm_config = norm_config(norm)
         self.attention_norm = named_norm(self.norm_config, "attention_norm", self)
         self.feed_forward_norm = named_norm(self.norm_config, "feed_forward_norm", self)
+        if cross_attention is not None:
+            self.cross_attention_norm = named_norm(
+                self.norm_config, "cross_attention_norm", self
+            )
         self.dropout_layer = keras.layers.Dropout(
             dropout, name="dropout", dtype=self.dtype_policy
         )
 
-    def build(self, inputs_shape: tuple, condition_shape: tuple | None = None) -> None:
+    def build(
+        self,
+        inputs_shape: tuple,
+        memory_shape: tuple | None = None,
+        condition_shape: tuple | None = None,
+    ) -> None:
         inputs = keras.KerasTensor(inputs_shape, dtype=self.compute_dtype)
         self.attention(inputs, inputs)  # a call builds any layer, whatever its `build` takes
         self.feed_forward(inputs)
-        condition = () if condition_shape is None else (condition_shape,)
-        self.attention_norm.build(inputs_shape, *condition)
-        self.feed_forward_norm.build(inputs_shape, *condition)
+        norms = [self.attention_norm, self.feed_forward_norm]
+        if self.cross_attention is not None:
+            if memory_shape is None:
+                raise ValueError(f"{self.name} has a cross attention: give it memory=.")
+            memory = keras.KerasTensor(memory_shape, dtype=self.compute_dtype)
+            self.cross_attention(inputs, memory)
+            norms.append(self.cross_attention_norm)
+        for norm in norms:
+            norm.build(inputs_shape, *(() if condition_shape is None else (condition_shape,)))
 
     def call(
         self,
@@ -154,35 +208,71 @@ class TransformerBlock(keras.layers.Layer):
         attention_mask: Any = None,
         memory: Any = None,
         condition: Any = None,
+        attention_bias: Any = None,
         training: bool | None = None,
     ) -> Any:
-        pattern = {} if attention_mask is None else {"attention_mask": attention_mask}
-        attended = self.attention(inputs, inputs if memory is None else memory, **pattern)
-        return self._after_attention(inputs, attended, training, condition)
+        given = {"attention_mask": attention_mask, "attention_bias": attention_bias}
+        pattern = {name: value for name, value in given.items() if value is not None}
 
-    def step(self, inputs: Any, state: Any) -> tuple[Any, Any]:
-        """One token more, (batch, 1, width), after a causal attention; no dropout.
+        def attend(x: Any) -> Any:
+            own = memory is None or self.cross_attention is not None
+            return self.attention(x, x if own else memory, **pattern)
+
+        return self._sublayers(
+            inputs, attend, lambda x: self.cross_attention(x, memory), condition, training
+        )
+
+    def step(
+        self,
+        inputs: Any,
+        state: Any,
+        memory: Any = None,
+        memory_mask: Any = None,
+        **pattern: Any,
+    ) -> tuple[Any, Any]:
+        """Some tokens more after a causal attention; no dropout.
 
         Args:
-            inputs: (batch, 1, width).
+            inputs: (batch, tokens, width).
             state: of `attention.initial_state`, or of the step before.
+            memory: of `cross_attention.remember`, where the block has one.
+            memory_mask: boolean (batch, sources), of the memory. Default: None.
+            **pattern: passed to `attention.step`.
 
-        Returns: the output (batch, 1, width) and the new state.
+        Returns: the output, like `inputs`, and the new state.
         """
-        attended, state = self.attention.step(inputs, state)
-        return self._after_attention(inputs, attended, training=False), state
+        new = []
 
-    def _after_attention(
-        self, inputs: Any, attended: Any, training: bool | None, condition: Any = None
+        def attend(x: Any) -> Any:
+            attended, after = self.attention.step(x, state, **pattern)
+            new.append(after)
+            return attended
+
+        def recall(x: Any) -> Any:
+            return self.cross_attention.recall(x, memory, memory_mask)
+
+        return self._sublayers(inputs, attend, recall, None, training=False), new[0]
+
+    def _sublayers(
+        self, x: Any, attend: Any, cross_attend: Any, condition: Any, training: bool | None
     ) -> Any:
         given = () if condition is None else (condition,)
-        x = inputs + self.dropout_layer(attended, training=training)
-        x = self.attention_norm(x, *given)
-        y = x + self.dropout_layer(self.feed_forward(x), training=training)
-        return self.feed_forward_norm(y, *given)
+
+        def add(x: Any, norm: keras.layers.Layer, sublayer: Any) -> Any:
+            if self.pre_norm:
+                return x + self.dropout_layer(sublayer(norm(x, *given)), training=training)
+            return norm(x + self.dropout_layer(sublayer(x), training=training), *given)
+
+        x = add(x, self.attention_norm, attend)
+        if self.cross_attention is not None:
+            x = add(x, self.cross_attention_norm, cross_attend)
+        return add(x, self.feed_forward_norm, self.feed_forward)
 
     def compute_output_shape(
-        self, inputs_shape: tuple, condition_shape: tuple | None = None
+        self,
+        inputs_shape: tuple,
+        memory_shape: tuple | None = None,
+        condition_shape: tuple | None = None,
     ) -> tuple:
         return inputs_shape
 
@@ -193,11 +283,13 @@ class TransformerBlock(keras.layers.Layer):
             "feed_forward": serialize_unbuilt(self.feed_forward),
             "dropout": self.dropout,
             "norm": self.norm_config,
+            "pre_norm": self.pre_norm,
+            "cross_attention": serialize_unbuilt(self.cross_attention),
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "TransformerBlock":
-        layers = ("attention", "feed_forward", "norm")
+        layers = ("attention", "feed_forward", "norm", "cross_attention")
         built = {name: keras.saving.deserialize_keras_object(config[name]) for name in layers}
         return cls(**{**config, **built})
 

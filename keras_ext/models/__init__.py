@@ -11,6 +11,9 @@ from keras_ext.models.build import (
 from keras_ext.models.checkpoints import CheckpointReport
 from keras_ext.models.electra import ELECTRA, ELECTRAGenerator
 from keras_ext.models.gau_alpha import GAUAlpha
+from keras_ext.models.gpt import GPT
+from keras_ext.models.gpt2 import GPT2
+from keras_ext.models.gpt2_ml import GPT2ML
 from keras_ext.models.hub import download_model
 from keras_ext.models.hwfa import hwfa_layers
 from keras_ext.models.nezha import NEZHA
@@ -24,6 +27,7 @@ from keras_ext.models.surgery import (
     select_blocks,
     select_tokens,
 )
+from keras_ext.models.t5 import MT5, T5
 from keras_ext.models.tta import TTA
 
 __all__ = [
@@ -31,7 +35,12 @@ __all__ = [
     "BERT",
     "ELECTRA",
     "FAMILIES",
+    "GPT",
+    "GPT2",
+    "GPT2ML",
+    "MT5",
     "NEZHA",
+    "T5",
     "TTA",
     "CheckpointReport",
     "ELECTRAGenerator",

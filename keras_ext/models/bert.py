@@ -45,8 +45,6 @@ ACTIVATIONS = {
 # Fields of the same configuration format with which a model would be none of those here.
 IMPLIED = {"pad_token_id": 0, "is_decoder": False, "tie_word_embeddings": True}
 
-APPLICATIONS = ("encoder", "lm", "unilm")
-
 # The same fields as UER names them.
 UER_FIELDS = {
     "emb_size": "embedding_size",
@@ -196,8 +194,11 @@ class BERT:
         "tensorflow": tensorflow_names(LAYERS),
         "huggingface": huggingface_names(LAYERS),
     }
+    applications: ClassVar[tuple[str, ...]] = ("encoder", "lm", "unilm")
     learned_positions: ClassVar[bool] = True
     use_bias: ClassVar[bool] = True  # in the blocks
+    pre_norm: ClassVar[bool] = False  # in the blocks
+    heads_divide_width: ClassVar[bool] = True
     narrow_embeddings: ClassVar[bool] = False  # whether embedding_size may differ
 
     def __post_init__(self) -> None:
@@ -212,12 +213,12 @@ class BERT:
             raise ValueError(
                 f"hidden_act must be one of {', '.join(ACTIVATIONS)}, got {self.hidden_act!r}."
             )
-        if self.application not in APPLICATIONS:
+        if self.application not in self.applications:
             raise ValueError(
-                f"application must be one of {', '.join(APPLICATIONS)}, got "
-                f"{self.application!r}."
+                f"application must be one of {', '.join(self.applications)} for "
+                f"{type(self).__name__}, got {self.application!r}."
             )
-        if self.hidden_size % self.num_attention_heads:
+        if self.heads_divide_width and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of "
                 f"num_attention_heads={self.num_attention_heads}."
@@ -242,6 +243,10 @@ class BERT:
             if field.default is dataclasses.MISSING and field.name not in config:
                 raise ValueError(f"The configuration lacks {field.name!r}. Add it.")
         return cls(**{f.name: config[f.name] for f in fields if f.name in config})
+
+    def to_config(self) -> dict[str, Any]:
+        """What `from_config` reads, in the fields of Hugging Face."""
+        return {"model_type": self.family, **dataclasses.asdict(self)}
 
     def build(
         self,
@@ -290,15 +295,8 @@ class BERT:
         """Add segments and positions to the token embeddings, normalise, drop, widen."""
         hidden = self.add_segments(tokens, segment_ids)
         if self.learned_positions:
-            hidden = layers.PositionEmbedding(
-                self.max_position_embeddings,
-                embeddings_initializer=self.table_initializer(),
-                name="position_embedding",
-            )(hidden)
-        hidden = self.norm("embedding_norm")(hidden)
-        hidden = keras.layers.Dropout(self.hidden_dropout_prob, name="embedding_dropout")(
-            hidden
-        )
+            hidden = self.add_positions(hidden)
+        hidden = self.drop(self.norm("embedding_norm")(hidden))
         if self.embedding_size == self.hidden_size:
             return hidden
         return self.dense(self.hidden_size, "embedding_projection")(hidden)
@@ -309,6 +307,16 @@ class BERT:
             embeddings_initializer=self.table_initializer(),
             name="segment_embedding",
         )(tokens, segment_ids)
+
+    def add_positions(self, hidden: Any) -> Any:
+        return layers.PositionEmbedding(
+            self.max_position_embeddings,
+            embeddings_initializer=self.table_initializer(),
+            name="position_embedding",
+        )(hidden)
+
+    def drop(self, hidden: Any) -> Any:
+        return keras.layers.Dropout(self.hidden_dropout_prob, name="embedding_dropout")(hidden)
 
     def encode(self, hidden: Any, **pattern: Any) -> Any:
         """All blocks, called with `pattern`."""
@@ -338,6 +346,7 @@ class BERT:
             ),
             dropout=self.hidden_dropout_prob,
             norm=self.norm(),
+            pre_norm=self.pre_norm,
             name=name,
         )
 

@@ -19,10 +19,14 @@ from keras_ext.models.bert import BERT
 from keras_ext.models.checkpoints import CheckpointReport, load_weights, save_weights
 from keras_ext.models.electra import ELECTRA, ELECTRAGenerator
 from keras_ext.models.gau_alpha import GAUAlpha
+from keras_ext.models.gpt import GPT
+from keras_ext.models.gpt2 import GPT2
+from keras_ext.models.gpt2_ml import GPT2ML
 from keras_ext.models.hub import download_model, is_repository
 from keras_ext.models.nezha import NEZHA
 from keras_ext.models.roformer import RoFormer
 from keras_ext.models.roformer_v2 import RoFormerV2
+from keras_ext.models.t5 import MT5, T5
 
 # What `model` may be -> the sizes of such a model, and how it is built.
 FAMILIES: dict[str, type[BERT]] = {
@@ -31,9 +35,14 @@ FAMILIES: dict[str, type[BERT]] = {
     "electra": ELECTRA,
     "electra_generator": ELECTRAGenerator,
     "gau_alpha": GAUAlpha,
+    "gpt2": GPT2,
+    "gpt2_ml": GPT2ML,
+    "mt5": MT5,
     "nezha": NEZHA,
+    "openai-gpt": GPT,
     "roformer": RoFormer,
     "roformer_v2": RoFormerV2,
+    "t5": T5,
 }
 
 CONFIG_FILES = ("bert_config.json", "config.json")
@@ -185,8 +194,7 @@ def save_transformer_model(
     directory.mkdir(parents=True, exist_ok=True)
     save_weights(model, directory, sizes.names["huggingface"])
     partial = directory / f"partial-{name}"
-    content = {"model_type": sizes.family, **dataclasses.asdict(sizes)}
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(sizes.to_config(), indent=2) + "\n", encoding="utf-8")
     os.replace(partial, directory / name)
 
 

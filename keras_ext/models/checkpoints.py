@@ -2,11 +2,13 @@
 
 A table maps the path of a model weight to the name of a checkpoint variable:
 
-    "encoder_{i}/feed_forward_norm/beta" -> "bert/encoder/layer_{i}/output/LayerNorm/beta"
-    "nsp/kernel"                         -> "cls/seq_relationship/output_weights.T"
+    "encoder_{i}/feed_forward_norm/beta"    -> "bert/encoder/layer_{i}/output/LayerNorm/beta"
+    "nsp/kernel"                            -> "cls/seq_relationship/output_weights.T"
+    "encoder_{i}/attention/key_dense/bias"  -> "transformer.h.{i}.attn.c_attn.bias[1/3]"
 
-`{i}` stands for the number of a block, and a final `.T` says that the checkpoint holds the
-transposed matrix. Every checkpoint variable is then either loaded or ignored with a reason,
+`{i}` stands for the number of a block (`{i:03d}` for one of three digits), a final `.T` says
+that the checkpoint holds the transposed matrix, a final `[1/3]` that the weight is the second
+of three parts of what it holds, along the last axis. Every checkpoint variable is then either loaded or ignored with a reason,
 every model weight either loaded or fresh. Everything is checked before anything is assigned.
 Saving goes the other way, with the same table: a weight that it does not name is an error.
 """
@@ -31,8 +33,10 @@ from keras_ext.models.huggingface_checkpoint import (
 )
 from keras_ext.models.tensorflow_checkpoint import TensorFlowCheckpoint
 
-# The number of a block: in encoder_3/, layer_3/, layer.3.
-BLOCK = re.compile(r"(?<=[_.])\d+(?=[/.])")
+# The number of a block: in encoder_3/, layer_3/, layer03/, layer.3.
+BLOCK = re.compile(r"(?<=[_.a-z])\d+(?=[/.])")
+NUMBER = re.compile(r"\{i[^}]*\}")
+PART = re.compile(r"\[(\d+)/(\d+)\]$")
 
 logger = logging.getLogger("keras_ext")
 
@@ -54,12 +58,14 @@ class NameTable:
     fallbacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def source(self, path: str) -> tuple[str | None, bool]:
-        """The checkpoint's name of a model weight, and whether it is stored transposed."""
+        """The checkpoint's name of a model weight, perhaps of a part like `[1/3]`, and whether
+        it is stored transposed."""
         name = self.weights.get(BLOCK.sub("{i}", path, count=1))
         if name is None:
             return None, False
         block = BLOCK.search(path)
-        return name.removesuffix(".T").format(i=block and block[0]), name.endswith(".T")
+        name, transposed = name.removesuffix(".T"), name.endswith(".T")
+        return (name.format(i=int(block[0])) if block else name), transposed
 
     def canonical(self, name: str) -> str:
         """The name of a checkpoint variable as the table spells it."""
@@ -74,7 +80,10 @@ class NameTable:
         for pattern, reason in self.ignored.items():
             if re.search(pattern, name):
                 return reason
-        known = {source.removesuffix(".T") for source in self.weights.values()}
+        known = {
+            NUMBER.sub("{i}", PART.sub("", source.removesuffix(".T")))
+            for source in self.weights.values()
+        }
         return "not in the model" if BLOCK.sub("{i}", name, count=1) in known else "unknown"
 
 
@@ -163,17 +172,17 @@ def load_weights(
     plan, fresh, mismatches = [], [], []
     for variable in model.weights:
         source, transposed = table.source(variable.path)
-        if source not in stored and source is not None:
+        if source is not None and PART.sub("", source) not in stored:
             source = table.fallback(source)
-        if source not in stored:
+        if source is None or PART.sub("", source) not in stored:
             fresh.append(variable.path)
             continue
-        name = stored[source]
-        plan.append((variable, name, transposed))
-        shape = reader.shapes[name][::-1] if transposed else reader.shapes[name]
-        if tuple(variable.shape) != shape:
+        name, part = stored[PART.sub("", source)], PART.search(source)
+        plan.append((variable, name, part, transposed))
+        if tuple(variable.shape) != _shape(reader.shapes[name], part, transposed):
             mismatches.append(
                 f"  {variable.path} {tuple(variable.shape)} <- {name} {reader.shapes[name]}"
+                + (f", part {part[0]}" if part else "")
                 + (" transposed" if transposed else "")
             )
     if mismatches:
@@ -186,9 +195,14 @@ def load_weights(
             f"{checkpoint} shares no variable with the model {model.name!r}: it holds "
             f"{_some(reader.shapes)}, the model {_some(fresh)}."
         )
-    for variable, name, transposed in plan:
-        _assign(variable, reader.read(name), transposed)
-    loaded = {variable.path: name for variable, name, _ in plan}
+    for variable, name, part, transposed in plan:
+        values = reader.read(name)
+        if part is not None:
+            values = np.split(values, int(part[2]), axis=-1)[int(part[1])]
+        # The shape, as OpenAI's kernels are of shape (1, rows, columns).
+        values = values.T if transposed else values.reshape(variable.shape)
+        _assign(variable, values)
+    loaded = {variable.path: name for variable, name, _, _ in plan}
     used = set(loaded.values())
     report = CheckpointReport(
         checkpoint=os.fspath(checkpoint),
@@ -233,11 +247,18 @@ def save_weights(model: keras.Model, directory: str | os.PathLike, table: NameTa
             f"{', '.join(unnamed)}. Save the part without them: keras.Model(model.inputs, "
             "hidden) with the tensor `hidden` that they are applied to."
         )
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
+    parts: dict[str, dict[int, np.ndarray]] = {}
     for variable, name, transposed in sources:
         values = keras.ops.convert_to_numpy(variable)
-        # Contiguous, as safetensors writes the buffer of an array whatever its strides.
-        tensors[name] = np.ascontiguousarray(values.T if transposed else values)
+        part = PART.search(name)
+        if part is not None:
+            parts.setdefault(PART.sub("", name), {})[int(part[1])] = values
+        else:
+            # Contiguous, as safetensors writes the buffer of an array whatever its strides.
+            tensors[name] = np.ascontiguousarray(values.T if transposed else values)
+    for name, found in parts.items():
+        tensors[name] = np.concatenate([found[i] for i in sorted(found)], axis=-1)
     write_huggingface_checkpoint(directory, tensors)
 
 
@@ -258,11 +279,20 @@ def _by_canonical_name(names: Iterable[str], table: NameTable) -> dict[str, str]
     return stored
 
 
-def _assign(variable: keras.Variable, values: np.ndarray, transposed: bool) -> None:
+def _shape(stored: tuple[int, ...], part: re.Match | None, transposed: bool) -> tuple[int, ...]:
+    """That of a weight made of a variable of this shape."""
+    if part is not None:
+        stored = (*stored[:-1], stored[-1] // int(part[2]))
+    if len(stored) == 3 and stored[0] == 1:
+        stored = stored[1:]
+    return stored[::-1] if transposed else stored
+
+
+def _assign(variable: keras.Variable, values: np.ndarray) -> None:
     # The copy detaches the weight from the mapped file, whose buffer JAX would keep otherwise;
     # half precisions go through float32, which every backend takes from NumPy.
     dtype = np.promote_types(values.dtype, np.float32)
-    variable.assign(np.array(values.T if transposed else values, dtype, order="C"))
+    variable.assign(np.array(values, dtype, order="C"))
 
 
 def _some(names: Iterable[str]) -> str:

@@ -60,10 +60,7 @@ class RoFormerV2(RoFormer):
 
     def embed(self, tokens: Any, segment_ids: Any) -> Any:
         """Add segments to the token embeddings, drop, normalise."""
-        hidden = self.add_segments(tokens, segment_ids)
-        hidden = keras.layers.Dropout(self.hidden_dropout_prob, name="embedding_dropout")(
-            hidden
-        )
+        hidden = self.drop(self.add_segments(tokens, segment_ids))
         return self.norm("embedding_norm")(hidden)
 
     def norm(self, name: str | None = None) -> keras.layers.Layer:

@@ -65,7 +65,7 @@ def test_padding_changes_nothing():
     token_ids = RNG.integers(1, 12, (2, 4))
     padded = np.pad(token_ids, ((0, 0), (0, 3)))
     alone, together = (logits_of(model, x)[:, :4] for x in (token_ids, padded))
-    np.testing.assert_allclose(together, alone, atol=1e-6)
+    np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
 def test_one_pass_scores_as_n_passes():

@@ -21,6 +21,7 @@ Source: Vaswani et al. 2017, arXiv 1706.03762; kexue.fm/archives/4765; log-n: 88
 CosA: 9859; windows: 9603.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -321,26 +322,46 @@ class MultiHeadAttention(ProjectedAttention):
         }
 
     def attend_step(
-        self, query: Any, key: Any, value: Any, state: dict[str, Any]
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        state: dict[str, Any],
+        attention_mask: Any = None,
+        attention_bias: Any = None,
     ) -> tuple[Any, dict[str, Any]]:
+        """Heads of the next tokens, which are as many as the empty places of the cache at most.
+
+        Args:
+            attention_mask: boolean (batch, tokens or 1, places of the cache), joined with the
+                order of the tokens if `causal`, and telling it if not. Default: None.
+            attention_bias: of rank 4, for the places of the cache. Default: None.
+
+        The ring of a window takes one token at a time, and no mask or bias.
+        """
         position, now = self.position or Position(), state["length"]
-        size = state["key"].shape[1]
+        size, number = ops.shape(state["key"])[1], ops.shape(query)[1]
         query, key = self._normalise(query, key)
-        at = ops.reshape(now, (1,))
+        at = now + ops.arange(number)
         start = (0, now % size, 0, 0)
         key = ops.slice_update(state["key"], start, position.encode(key, at))
         value = ops.slice_update(state["value"], start, value)
-        of = now - (now - ops.arange(size)) % size  # the token in each place of the ring
+        last = now + number - 1
+        of = last - (last - ops.arange(size)) % size  # the token in each place of the ring
+        seen = ops.broadcast_to(of >= 0, (number, size))
+        if self.causal:
+            seen = ops.logical_and(seen, of <= at[:, None])
         heads = self._dot_product(
             position.encode(query, at),
             key,
             value,
-            mask=(of >= 0)[None, None, None],
+            mask=join_masks(None, attention_mask, seen[None, None]),
             causal=False,
+            bias=attention_bias,
             position=position,
             positions=(at, of),
         )
-        return heads, {"key": key, "value": value, "length": now + 1}
+        return heads, {"key": key, "value": value, "length": now + number}
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -371,13 +392,9 @@ def _of_rank_4(pattern: Any) -> Any:
     return pattern[:, None] if len(pattern.shape) == 3 else pattern
 
 
-def join_masks(source_mask: Any, attention_mask: Any) -> Any:
-    """One mask of rank 4 from padding and pattern, or None."""
+def join_masks(source_mask: Any, *attention_masks: Any) -> Any:
+    """One mask of rank 4 from padding and patterns, or None; each of them may be None."""
+    masks = [_of_rank_4(ops.cast(m, "bool")) for m in attention_masks if m is not None]
     if source_mask is not None:
-        source_mask = ops.cast(source_mask, "bool")[:, None, None, :]
-    if attention_mask is None:
-        return source_mask
-    attention_mask = _of_rank_4(ops.cast(attention_mask, "bool"))
-    if source_mask is None:
-        return attention_mask
-    return ops.logical_and(attention_mask, source_mask)
+        masks.append(ops.cast(source_mask, "bool")[:, None, None, :])
+    return functools.reduce(ops.logical_and, masks) if masks else None

@@ -19,7 +19,7 @@ class ProjectedAttention(keras.layers.Layer):
     """Base class: an attention between learned projections.
 
     A subclass defines `attend`, and for decoding `initial_state` and `attend_step(query, key,
-    value, state)`, which gives heads and the new state. Queries are (batch, targets, heads,
+    value, state, **pattern)`, which gives heads and the new state. Queries are (batch, targets, heads,
     key_dim), keys (batch, sources, num_kv_heads, key_dim), values (batch, sources,
     num_kv_heads, value_dim), `source_mask` is boolean (batch, sources) or None; the result is
     (batch, targets, heads, value_dim).
@@ -98,31 +98,62 @@ class ProjectedAttention(keras.layers.Layer):
         )
         return self._merge(heads)
 
-    def step(self, inputs: Any, state: Any) -> tuple[Any, Any]:
+    def step(self, inputs: Any, state: Any, **pattern: Any) -> tuple[Any, Any]:
         """One token more of causal self-attention, at a cost that `state` bounds.
 
         Args:
-            inputs: (batch, 1, width).
+            inputs: (batch, 1, width); some layers take more tokens at a time.
             state: of `initial_state`, or of the step before.
+            **pattern: of `attend_step`.
 
-        Returns: the output (batch, 1, width) and the new state.
+        Returns: the output, like `inputs`, and the new state.
         """
-        if not self.causal:
+        if not self.causal and not pattern:
             raise ValueError("step needs causal=True: a later token would change the output.")
         if not self.built:
             self.build(inputs.shape, inputs.shape)
-        heads, state = self.attend_step(*self._project(inputs, inputs, inputs), state)
+        heads, state = self.attend_step(
+            *self._project(inputs, inputs, inputs), state, **pattern
+        )
         return self._merge(heads), state
 
-    def _project(self, query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
-        def split(x, heads, size):
-            return ops.reshape(x, (*ops.shape(x)[:2], heads, size))
-
+    def remember(self, memory: Any) -> tuple[Any, Any]:
+        """Keys and values of a memory (batch, sources, width), for `recall`."""
         return (
-            split(self.query_dense(query), self.num_heads, self.key_dim),
-            split(self.key_dense(key), self.num_kv_heads, self.key_dim),
-            split(self.value_dense(value), self.num_kv_heads, self.value_dim),
+            self._split(self.key_dense(memory), self.num_kv_heads, self.key_dim),
+            self._split(self.value_dense(memory), self.num_kv_heads, self.value_dim),
         )
+
+    def recall(self, query: Any, memory: tuple[Any, Any], mask: Any = None) -> Any:
+        """Attention of (batch, targets, width) to a memory, of `remember`.
+
+        Args:
+            mask: boolean (batch, sources), True = attend. Default: None, all.
+        """
+        heads = self.attend(
+            self._queries(query),
+            *memory,
+            source_mask=mask,
+            attention_mask=None,
+            attention_bias=None,
+            causal=False,
+            training=False,
+        )
+        return self._merge(heads)
+
+    def _project(self, query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
+        return (
+            self._queries(query),
+            self._split(self.key_dense(key), self.num_kv_heads, self.key_dim),
+            self._split(self.value_dense(value), self.num_kv_heads, self.value_dim),
+        )
+
+    def _queries(self, query: Any) -> Any:
+        return self._split(self.query_dense(query), self.num_heads, self.key_dim)
+
+    @staticmethod
+    def _split(x: Any, heads: int, size: int) -> Any:
+        return ops.reshape(x, (*ops.shape(x)[:2], heads, size))
 
     def _merge(self, heads: Any) -> Any:
         width = self.num_heads * self.value_dim

@@ -240,9 +240,10 @@ class T5Bias(Position, keras.layers.Layer):
     def call(self, query: Any, key: Any = None) -> Any:
         key = query if key is None else key
         positions = (ops.arange(ops.shape(x)[1]) for x in (query, key))
-        return ops.cast(self._bias(*positions), self.compute_dtype)
+        return ops.cast(self.biases(*positions), self.compute_dtype)
 
-    def _bias(self, query_positions: Any, key_positions: Any) -> Any:
+    def biases(self, query_positions: Any, key_positions: Any) -> Any:
+        """Those of queries and keys at these positions, (1, num_heads, targets, sources)."""
         distances = key_positions - ops.expand_dims(query_positions, 1)
         reach = ops.clip(distances, -self.max_distance, self.max_distance) + self.max_distance
         of_distance = ops.take(self.embeddings, self._buckets, axis=0)  # (2 max + 1, heads)
@@ -251,7 +252,7 @@ class T5Bias(Position, keras.layers.Layer):
 
     def scores(self, query: Any, key: Any, query_positions: Any, key_positions: Any) -> Any:
         scores = super().scores(query, key, query_positions, key_positions)
-        return scores + ops.cast(self._bias(query_positions, key_positions), scores.dtype)
+        return scores + ops.cast(self.biases(query_positions, key_positions), scores.dtype)
 
     def compute_mask(self, query: Any, key: Any = None, mask: Any = None) -> None:
         return None

@@ -1,0 +1,349 @@
+"""T5 and mT5: an encoder and a decoder of pre-norm blocks, with biases for relative positions.
+
+    encoder   x = x + Attention(n, n; b), n = RMS(x);  x = x + FeedForward(RMS(x))
+    decoder   the same, causal, with an attention to the encoder's output between the two
+    logits    = RMS(y) Eᵀ/√d for T5, RMS(y) W for T5 1.1 and mT5, whose feed-forward is gated
+
+No layer has a bias of its own, scores are not divided by √d, and all blocks of a side share one
+`T5Bias`. Encoder and decoder share the token embedding.
+
+As `application` "seq2seq" the model maps `[token_ids, decoder_token_ids]` to the hidden states
+of the decoder, whose first token is 0 and seen like any other; "encoder" maps `token_ids` to
+those of the encoder, "decoder" maps `[memory, memory_mask, decoder_token_ids]`: the encoder's
+hidden states (batch, sources, width) and where they count, boolean (batch, sources).
+
+Layer names: `token_ids`, `token_embedding`, `encoder_position`, `encoder_0` ..., `encoder_norm`;
+`decoder_token_ids`, `decoder_position`, `decoder_0` ..., `decoder_norm`, `lm_head`; `memory`,
+`memory_mask`.
+
+Source: Raffel et al. 2020, arXiv 1910.10683; Shazeer 2020, arXiv 2002.05202 (T5 1.1); Xue et
+al. 2021 (mT5), arXiv 2010.11934; kexue.fm/archives/7867.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import keras
+from keras import ops
+
+from keras_ext import layers
+from keras_ext.models.bert import ACTIVATIONS, BERT
+from keras_ext.models.checkpoints import NameTable
+
+# Field -> its name in Hugging Face configurations.
+FIELDS = {
+    "hidden_size": "d_model",
+    "head_size": "d_kv",
+    "intermediate_size": "d_ff",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "hidden_dropout_prob": "dropout_rate",
+    "layer_norm_eps": "layer_norm_epsilon",
+}
+GATED = {"gelu": "gelu_new"}  # what T5 calls gated-gelu has the tanh
+
+# Sublayer -> its name in both kinds of checkpoints, whose weights are kernels alone.
+PROJECTIONS = {"query_dense": "q", "key_dense": "k", "value_dense": "v", "output_dense": "o"}
+FEED_FORWARD = {"intermediate_dense": "wi_0", "linear_dense": "wi_1", "output_dense": "wo"}
+
+
+def _names(block: str, sub: str, kernel: str, projection: str, scale: str) -> dict[str, str]:
+    """Weights of the blocks of both sides, in one format of checkpoints.
+
+    Args:
+        block: "block_{i:03d}/" or its like, the scope of a block.
+        sub: "layer_00" or its like, that a digit is added to.
+        kernel, projection, scale: what the weights of dense layers, projections and norms are
+            called.
+    """
+    names, dot = {}, block[-1]
+    for side, attentions in {
+        "encoder": {"attention": "SelfAttention"},
+        "decoder": {"attention": "SelfAttention", "cross_attention": "EncDecAttention"},
+    }.items():
+        ours, theirs = f"{side}_{{i}}/", f"{side}{dot}{block}"
+        for number, (attention, scope) in enumerate(attentions.items()):
+            at = f"{theirs}{sub}{number}{dot}"
+            names[f"{ours}{attention}_norm/gamma"] = f"{at}layer_norm{dot}{scale}"
+            for layer, letter in PROJECTIONS.items():
+                path = f"{ours}{attention}/{layer}/kernel"
+                names[path] = f"{at}{scope}{dot}{letter}{projection}"
+        at = f"{theirs}{sub}{len(attentions)}{dot}"
+        names[f"{ours}feed_forward_norm/gamma"] = f"{at}layer_norm{dot}{scale}"
+        for layer, scope in FEED_FORWARD.items():
+            path = f"{ours}feed_forward/{layer}/kernel"
+            names[path] = f"{at}DenseReluDense{dot}{scope}{kernel}"
+        names[f"{side}_norm/gamma"] = f"{side}{dot}final_layer_norm{dot}{scale}"
+    return names
+
+
+TENSORFLOW = NameTable(
+    weights={
+        "token_embedding/embeddings": "shared/embedding",
+        **{
+            f"{side}_position/embeddings": f"{side}/block_000/layer_000/SelfAttention/"
+            "relative_attention_bias.T"
+            for side in ("encoder", "decoder")
+        },
+        **_names("block_{i:03d}/", "layer_00", "/kernel", "", "scale"),
+        "lm_head/kernel": "decoder/logits/kernel",
+    },
+    ignored={r"_slot_v[rc]?$": "optimizer slot", r"^global_step$": "step counter"},
+    # mT5's.
+    renamed={
+        r"^(encoder|decoder)/rms_norm/": r"\1/final_layer_norm/",
+        "rms_norm": "layer_norm",
+    },
+    fallbacks={r"/wi_0/": "/wi/"},
+)
+HUGGINGFACE = NameTable(
+    weights={
+        "token_embedding/embeddings": "shared.weight",
+        **{
+            f"{side}_position/embeddings": f"{side}.block.0.layer.0.SelfAttention."
+            "relative_attention_bias.weight"
+            for side in ("encoder", "decoder")
+        },
+        **_names("block.{i}.", "layer.", ".weight.T", ".weight.T", "weight"),
+        "lm_head/kernel": "lm_head.weight.T",
+    },
+    ignored={
+        r"^(encoder|decoder)\.embed_tokens\.weight$": "tied to the token embedding",
+        r"EncDecAttention\.relative_attention_bias": "unused",
+    },
+    # transformers ties the head of a T5 1.1 that it makes itself.
+    fallbacks={r"\.wi_0\.": ".wi.", r"^lm_head\.": "shared."},
+)
+
+
+def _not_gated(table: NameTable) -> NameTable:
+    """What is `wi_0` beside a gate is `wi` without one."""
+    weights = {ours: theirs.replace("wi_0", "wi") for ours, theirs in table.weights.items()}
+    return dataclasses.replace(table, weights=weights)
+
+
+@keras.saving.register_keras_serializable(package="keras_ext")
+class Masked(keras.layers.Layer):
+    """Give hidden states a Keras mask, or take theirs away.
+
+    Call arguments:
+        inputs: hidden states (batch, length, width), or a list of them and a mask, boolean
+            (batch, length). The output is the hidden states.
+    """
+
+    def call(self, inputs: Any) -> Any:
+        hidden = inputs[0] if isinstance(inputs, (list, tuple)) else inputs
+        return ops.copy(hidden)  # as the old one keeps its mask
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
+        return inputs[1] if isinstance(inputs, (list, tuple)) else None
+
+    def compute_output_spec(self, inputs: Any) -> keras.KerasTensor:
+        hidden = inputs[0] if isinstance(inputs, (list, tuple)) else inputs
+        return keras.KerasTensor(hidden.shape, hidden.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class T5(BERT):
+    """The sizes of a T5; fields may be named as here or as Hugging Face does.
+
+    Its only head is `with_mlm`, the logits of the decoder's next token. `application` is
+    "seq2seq", "encoder" or "decoder".
+
+    Raises:
+        ValueError: as of `BERT`, but the heads need not divide the width.
+
+    Example:
+        >>> sizes = {"vocab_size": 100, "d_model": 32, "d_ff": 64, "num_layers": 2}
+        >>> sizes |= {"num_heads": 4, "d_kv": 8}
+        >>> t5 = build_transformer_model(sizes, model="t5", with_mlm=True)
+        >>> hidden, logits = t5([np.array([[5, 3, 1]]), np.array([[0, 7]])])
+    """
+
+    head_size: int = 64
+    num_decoder_layers: int | None = None
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    hidden_act: str = "relu"
+    gated: bool = False
+    layer_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    application: str = "seq2seq"
+
+    family: ClassVar[str] = "t5"
+    implied: ClassVar[Mapping[str, Any]] = {"pad_token_id": 0}
+    names: ClassVar[Mapping[str, NameTable]] = {
+        "tensorflow": TENSORFLOW,
+        "huggingface": HUGGINGFACE,
+    }
+    applications: ClassVar[tuple[str, ...]] = ("seq2seq", "encoder", "decoder")
+    learned_positions: ClassVar[bool] = False
+    heads_divide_width: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_decoder_layers is None:
+            object.__setattr__(self, "num_decoder_layers", self.num_hidden_layers)
+        if not self.gated:
+            object.__setattr__(self, "names", {k: _not_gated(v) for k, v in self.names.items()})
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "T5":
+        """Read the fields of Hugging Face, or ours; see `BERT.from_config`."""
+        ours = {theirs: name for name, theirs in FIELDS.items()}
+        config = {ours.get(key, key): value for key, value in config.items()}
+        kind = config.pop("feed_forward_proj", None)
+        if kind is not None:
+            gate, _, activation = kind.rpartition("-")
+            if gate not in ("", "gated"):
+                raise ValueError(f"feed_forward_proj must be like gated-gelu, got {kind!r}.")
+            config["gated"] = bool(gate)
+            config["hidden_act"] = GATED.get(activation, activation) if gate else activation
+        if "hidden_dropout_prob" in config:
+            config.setdefault("attention_probs_dropout_prob", config["hidden_dropout_prob"])
+        return super().from_config(config)
+
+    def to_config(self) -> dict[str, Any]:
+        config = {FIELDS.get(key, key): value for key, value in super().to_config().items()}
+        named = {new: old for old, new in GATED.items()}
+        activation = named.get(self.hidden_act, self.hidden_act)
+        kind = f"gated-{activation}" if self.gated else self.hidden_act
+        return {**config, "feed_forward_proj": kind}
+
+    def build(self, with_mlm: bool = False, name: str | None = None) -> keras.Model:
+        """The functional model with fresh weights; see `build_transformer_model`."""
+        token_embedding = layers.TokenEmbedding(
+            self.vocab_size,
+            self.hidden_size,
+            embeddings_initializer=keras.initializers.RandomNormal(stddev=1.0),
+            mask_zero=True,
+            name="token_embedding",
+        )
+        if self.application == "decoder":
+            memory = keras.Input((None, self.hidden_size), name="memory")
+            memory_mask = keras.Input((None,), dtype="bool", name="memory_mask")
+            inputs, memory = [memory, memory_mask], Masked()([memory, memory_mask])
+        else:
+            token_ids = keras.Input((None,), dtype="int32", name="token_ids")
+            inputs, memory = [token_ids], self.side("encoder", token_embedding(token_ids))
+        if self.application == "encoder":
+            if with_mlm:
+                raise ValueError("with_mlm needs a decoder: application='seq2seq'.")
+            return self.model(inputs, [memory], name)
+        token_ids = keras.Input((None,), dtype="int32", name="decoder_token_ids")
+        tokens = Masked(name="decoder_tokens")(token_embedding(token_ids))
+        hidden = self.side("decoder", tokens, memory)
+        outputs = [hidden]  # (batch, targets, hidden_size)
+        if with_mlm:
+            outputs.append(self.mlm(hidden, token_embedding))  # (batch, targets, vocab_size)
+        return self.model([*inputs, token_ids], outputs, name)
+
+    def side(self, side: str, tokens: Any, memory: Any = None) -> Any:
+        """Hidden states of the encoder, or with its output as memory those of the decoder."""
+        decodes = side == "decoder"
+        hidden = keras.layers.Dropout(self.hidden_dropout_prob, name=f"{side}_dropout")(tokens)
+        bias = layers.T5Bias(
+            self.num_attention_heads,
+            self.relative_attention_num_buckets,
+            self.relative_attention_max_distance,
+            bidirectional=not decodes,
+            name=f"{side}_position",
+        )(hidden)
+        given = {"memory": memory} if decodes else {}
+        for i in range(self.num_decoder_layers if decodes else self.num_hidden_layers):
+            block = self.block(f"{side}_{i}", decodes)
+            hidden = block(hidden, attention_bias=bias, **given)
+        hidden = self.norm(f"{side}_norm")(hidden)
+        return keras.layers.Dropout(self.hidden_dropout_prob, name=f"{side}_output_dropout")(
+            hidden
+        )
+
+    def block(self, name: str, decodes: bool = False) -> layers.TransformerBlock:
+        def attention(name: str, causal: bool) -> layers.MultiHeadAttention:
+            return layers.MultiHeadAttention(
+                self.num_attention_heads,
+                self.head_size,
+                dropout=self.attention_probs_dropout_prob,
+                causal=causal,
+                scale=1.0,
+                use_bias=False,
+                # So that the scores of unit vectors have variance 1, as they are not scaled.
+                kernel_initializer=self.initializer(self.head_size**-0.5),
+                name=name,
+            )
+
+        return layers.TransformerBlock(
+            attention("attention", causal=decodes),
+            layers.FeedForward(
+                self.intermediate_size,
+                activation=ACTIVATIONS[self.hidden_act],
+                kernel_initializer=self.initializer(),
+                use_bias=False,
+                gated=self.gated,
+                dropout=self.hidden_dropout_prob,
+                name="feed_forward",
+            ),
+            dropout=self.hidden_dropout_prob,
+            norm=self.norm(),
+            pre_norm=True,
+            cross_attention=attention("cross_attention", causal=False) if decodes else None,
+            name=name,
+        )
+
+    def mlm(self, hidden: Any, token_embedding: layers.TokenEmbedding) -> Any:
+        """Logits over the vocabulary."""
+        if self.tie_word_embeddings:
+            return token_embedding(hidden * self.hidden_size**-0.5, reverse=True)
+        return keras.layers.Dense(
+            self.vocab_size,
+            use_bias=False,
+            kernel_initializer=self.initializer(),
+            name="lm_head",
+        )(hidden)
+
+    def norm(self, name: str | None = None) -> layers.RMSNorm:
+        return layers.RMSNorm(epsilon=self.layer_norm_eps, name=name)
+
+    def initializer(self, gain: float = 1.0) -> keras.initializers.Initializer:
+        """Of a kernel that keeps this share of the variance."""
+        return keras.initializers.VarianceScaling(gain, "fan_in", "truncated_normal")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of weights, by path, that are enough to tell all sizes."""
+        kernel, shape = self.block_kernel()
+        sides = {"encoder": self.num_hidden_layers, "decoder": self.num_decoder_layers}
+        if self.application != "seq2seq":
+            sides = {self.application: sides[self.application]}
+        return {
+            "token_embedding/embeddings": (self.vocab_size, self.hidden_size),
+            **{
+                f"{s}_{i}/{kernel}": shape for s, number in sides.items() for i in range(number)
+            },
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MT5(T5):
+    """The sizes of an mT5: a T5 that is gated, with a head of its own; see `T5`.
+
+    `tie_word_embeddings` of its configurations is passed over: transformers writes True in
+    them, whatever the weights are.
+
+    Example:
+        >>> sizes = {"vocab_size": 100, "d_model": 32, "d_ff": 64, "num_layers": 2}
+        >>> sizes |= {"num_heads": 4, "d_kv": 8}
+        >>> mt5 = build_transformer_model(sizes, model="mt5", application="encoder")
+        >>> hidden = mt5(np.array([[5, 3, 1]]))
+    """
+
+    hidden_act: str = "gelu_new"
+    gated: bool = True
+    tie_word_embeddings: bool = False
+
+    family: ClassVar[str] = "mt5"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "MT5":
+        """See `T5.from_config`."""
+        return super().from_config({**config, "tie_word_embeddings": False})

@@ -1,8 +1,8 @@
 """The Transformer block and its position-wise feed-forward layer.
 
-    post-norm (the original Transformer, BERT, GPT)    pre-norm (GPT-2, T5)
-    h = Norm(x + Dropout(Attention(x, x)))             h = x + Dropout(Attention(n, n)), n = Norm(x)
-    y = Norm(h + Dropout(FeedForward(h)))              y = h + Dropout(FeedForward(Norm(h)))
+    post-norm (the original, BERT, GPT)         pre-norm (GPT-2, T5)
+    h = Norm(x + Dropout(Attention(x, x)))      h = x + Dropout(Attention(n, n)), n = Norm(x)
+    y = Norm(h + Dropout(FeedForward(h)))       y = h + Dropout(FeedForward(Norm(h)))
 
 The block of a decoder has an attention to a memory between the two, of the same form. The last
 pre-norm block needs a norm after it.

@@ -8,9 +8,9 @@ A table maps the path of a model weight to the name of a checkpoint variable:
 
 `{i}` stands for the number of a block (`{i:03d}` for one of three digits), a final `.T` says
 that the checkpoint holds the transposed matrix, a final `[1/3]` that the weight is the second
-of three parts of what it holds, along the last axis. Every checkpoint variable is then either loaded or ignored with a reason,
-every model weight either loaded or fresh. Everything is checked before anything is assigned.
-Saving goes the other way, with the same table: a weight that it does not name is an error.
+of three parts of what it holds, along the last axis. Every checkpoint variable is then either
+loaded or ignored with a reason, every model weight either loaded or fresh. Everything is
+checked before anything is assigned. Saving goes the other way, with the same table: a weight that it does not name is an error.
 """
 
 import dataclasses

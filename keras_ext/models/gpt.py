@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import keras
 
 from keras_ext import layers
-from keras_ext.models.bert import BERT, BLOCKS, EMBEDDINGS, IMPLIED, tensorflow_names
+from keras_ext.models.bert import BERT, BLOCKS, EMBEDDINGS, tensorflow_names
 from keras_ext.models.checkpoints import NameTable
 
 # Field -> its name in Hugging Face configurations.

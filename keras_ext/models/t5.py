@@ -12,9 +12,9 @@ of the decoder, whose first token is 0 and seen like any other; "encoder" maps `
 those of the encoder, "decoder" maps `[memory, memory_mask, decoder_token_ids]`: the encoder's
 hidden states (batch, sources, width) and where they count, boolean (batch, sources).
 
-Layer names: `token_ids`, `token_embedding`, `encoder_position`, `encoder_0` ..., `encoder_norm`;
-`decoder_token_ids`, `decoder_position`, `decoder_0` ..., `decoder_norm`, `lm_head`; `memory`,
-`memory_mask`.
+Layer names: `token_ids`, `token_embedding`, `encoder_position`, `encoder_0` ...,
+`encoder_norm`; `decoder_token_ids`, `decoder_position`, `decoder_0` ..., `decoder_norm`,
+`lm_head`; `memory`, `memory_mask`.
 
 Source: Raffel et al. 2020, arXiv 1910.10683; Shazeer 2020, arXiv 2002.05202 (T5 1.1); Xue et
 al. 2021 (mT5), arXiv 2010.11934; kexue.fm/archives/7867.

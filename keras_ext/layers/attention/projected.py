@@ -19,8 +19,8 @@ class ProjectedAttention(keras.layers.Layer):
     """Base class: an attention between learned projections.
 
     A subclass defines `attend`, and for decoding `initial_state` and `attend_step(query, key,
-    value, state, **pattern)`, which gives heads and the new state. Queries are (batch, targets, heads,
-    key_dim), keys (batch, sources, num_kv_heads, key_dim), values (batch, sources,
+    value, state, **pattern)`, which gives heads and the new state. Queries are (batch, targets,
+    heads, key_dim), keys (batch, sources, num_kv_heads, key_dim), values (batch, sources,
     num_kv_heads, value_dim), `source_mask` is boolean (batch, sources) or None; the result is
     (batch, targets, heads, value_dim).
     """

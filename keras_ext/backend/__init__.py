@@ -17,6 +17,7 @@ stands here once per backend, under one name:
 | `num_replicas()` | replicas whose gradients the optimizer has to sum itself |
 | `value_and_grad(fn, has_aux)` | of the first argument; itself differentiable |
 | `product_flops(fn, specs)` | of `fn` on inputs of these (shape, dtype) |
+| `compile(fn, variables, jit_compile)` | `fn` of tensors, which reads the variables, as a program |
 | `has_value(variable)` | False where a failed JAX training step left a variable empty |
 
 `value_and_grad(fn, has_aux=False)(x, *args)` returns `(value, gradient)`: `fn(x, *args)` gives
@@ -50,6 +51,7 @@ else:
     )
 
 add_to = _backend.add_to
+compile = _backend.compile
 cond = _backend.cond
 values = _backend.values
 map_values = _backend.map_values
@@ -66,6 +68,7 @@ value_and_grad = _backend.value_and_grad
 __all__ = [
     "add_to",
     "apply_gradients",
+    "compile",
     "cond",
     "copies",
     "densify",

@@ -183,3 +183,14 @@ def _count(jaxpr):
             branches = max if name == "cond" else sum
             flops += parameters.get("length", 1) * branches(inner) if inner else 0
     return flops
+
+
+def compile(fn, variables, jit_compile=True):
+    """See `keras_ext.backend`. The values are arguments, so that they can change."""
+
+    @jax.jit
+    def pure(values, *args):
+        with keras.StatelessScope(list(zip(variables, values, strict=True))):
+            return fn(*args)
+
+    return lambda *args: pure([v.value for v in variables], *args)

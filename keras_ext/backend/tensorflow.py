@@ -208,3 +208,8 @@ def _count(operation):
     if operation.type in ("While", "StatelessWhile"):
         raise ValueError("A loop cannot be counted on TensorFlow. Set KERAS_BACKEND=jax.")
     return 0
+
+
+def compile(fn, variables, jit_compile=True):
+    """See `keras_ext.backend`."""
+    return tf.function(fn, jit_compile=jit_compile)

@@ -90,3 +90,8 @@ def product_flops(fn, specs):
     raise NotImplementedError(
         "FLOPs are counted on TensorFlow and JAX; PyTorch has torch.utils.flop_counter."
     )
+
+
+def compile(fn, variables, jit_compile=True):
+    """See `keras_ext.backend`. It runs eagerly, without gradients."""
+    return torch.no_grad()(fn)

@@ -17,7 +17,7 @@ stands here once per backend, under one name:
 | `num_replicas()` | replicas whose gradients the optimizer has to sum itself |
 | `value_and_grad(fn, has_aux)` | of the first argument; itself differentiable |
 | `product_flops(fn, specs)` | of `fn` on inputs of these (shape, dtype) |
-| `compile(fn, variables, jit_compile)` | `fn` of tensors, which reads the variables, as a program |
+| `compile(fn, variables, jit_compile)` | a program of `fn`, which reads the variables |
 | `has_value(variable)` | False where a failed JAX training step left a variable empty |
 
 `value_and_grad(fn, has_aux=False)(x, *args)` returns `(value, gradient)`: `fn(x, *args)` gives

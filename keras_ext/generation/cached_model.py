@@ -101,8 +101,8 @@ class CachedModel:
         crosses = getattr(block, "cross_attention", None) is not None
         if not block.attention.causal and kwargs.get("attention_mask") is None:
             raise ValueError(
-                f"{self.model.name} must not see later tokens, but its {block.name} does. Build "
-                "it with application='lm' or 'unilm'."
+                f"{self.model.name} must not see later tokens, but its {block.name} does. "
+                "Build it with application='lm' or 'unilm'."
             )
         if "memory" in kwargs and not crosses:
             raise ValueError(f"{block.name} has a memory that is not of an encoder.")

@@ -49,7 +49,9 @@ class Search:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
         if self.samples and self.num_beams > 1:
-            raise ValueError("Beams are not sampled: give num_beams, or temperature, top_k, top_p.")
+            raise ValueError(
+                "Beams are not sampled: give num_beams, or temperature, top_k, top_p."
+            )
 
     @property
     def samples(self) -> bool:
@@ -64,8 +66,8 @@ class Generator:
         end_token: id that ends a text, or several. Default: none, texts have the full length.
         start_token: the first token of a decoder. Default: 0, as of T5.
         seed: of the draws. Default: at random.
-        jit_compile: compile by XLA: True, False (as of TensorFlow; JAX always compiles, PyTorch
-            never), or "auto", which is True. Default: "auto".
+        jit_compile: compile by XLA on TensorFlow (JAX always does, PyTorch never): True, False or
+            "auto", which is True, as XLA keeps the caches in place. Default: "auto".
 
     Raises:
         ValueError: as of `CachedModel`.
@@ -128,12 +130,12 @@ class Generator:
             ValueError: a prompt is empty or too long for the model, or an argument is out of
                 range.
         """
-        search = Search(
-            min_new_tokens, num_beams, length_penalty, temperature, top_k, top_p
-        )
+        search = Search(min_new_tokens, num_beams, length_penalty, temperature, top_k, top_p)
         state, number = self._start(prompts, max_new_tokens, search)
         state = self._compiled(search)[1](state, _integer(number))
-        rows = ops.convert_to_numpy(state["moving"]["tokens"])[::num_beams]  # the best come first
+        rows = ops.convert_to_numpy(state["moving"]["tokens"])[
+            ::num_beams
+        ]  # the best come first
         return [self._cut(row[:number].tolist()) for row in rows]
 
     def stream(
@@ -146,9 +148,7 @@ class Generator:
         top_p: float | None = None,
     ) -> Iterator[list[int | None]]:
         """The tokens of `generate` as they come: for each text the next, None after its end."""
-        search = Search(
-            min_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p
-        )
+        search = Search(min_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
         state, number = self._start(prompts, max_new_tokens, search)
         over = [False] * len(prompts)
         for i in range(number):
@@ -214,7 +214,9 @@ class Generator:
         if search not in self._programs:
             variables = self.cached.model.variables
             self._programs[search] = tuple(
-                backend.compile(lambda *args, fn=fn: fn(search, *args), variables, self.jit_compile)
+                backend.compile(
+                    lambda *args, fn=fn: fn(search, *args), variables, self.jit_compile
+                )
                 for fn in (self._read, self._add)
             )
         return self._programs[search]
@@ -230,10 +232,9 @@ class Generator:
         fixed = {"valid": ops.ones((rows, new), "bool")}
         if cached.has_memory:
             fixed |= {"memories": cached.encode(texts), "memory_mask": valid}
-            texts, valid = ops.full((rows, 1), self.start_token, "int32"), valid[:, :0]
-            fixed["valid"] = ops.ones((rows, 1 + new), "bool")
-        else:
-            fixed["valid"] = ops.concatenate([valid, fixed["valid"]], axis=1)
+            texts = ops.full((rows, 1), self.start_token, "int32")
+            valid = ops.ones((rows, 1), "bool")
+        fixed["valid"] = ops.concatenate([valid, fixed["valid"]], axis=1)
         states = cached.initial_states(rows, fixed["valid"].shape[1])
         logits, states = cached.step(texts, states=states, **fixed)
         moving = {

@@ -1,6 +1,7 @@
 """Draw tokens: by temperature, among the k likeliest, within the nucleus of mass p.
 
-    p_i ∝ exp(logit_i / T),   top-k: the k largest,   top-p: the largest until their sum reaches p
+    p_i ∝ exp(logit_i / T)
+    top-k: the k largest,    top-p: the largest, until their sum reaches p
 
 The token is the inverse of the distribution function at a uniform number u: the first, from
 the likeliest on where they are sorted, at which the sum of the p exceeds u. So the draw is a

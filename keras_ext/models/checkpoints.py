@@ -10,7 +10,8 @@ A table maps the path of a model weight to the name of a checkpoint variable:
 that the checkpoint holds the transposed matrix, a final `[1/3]` that the weight is the second
 of three parts of what it holds, along the last axis. Every checkpoint variable is then either
 loaded or ignored with a reason, every model weight either loaded or fresh. Everything is
-checked before anything is assigned. Saving goes the other way, with the same table: a weight that it does not name is an error.
+checked before anything is assigned. Saving goes the other way, with the same table: a weight
+that it does not name is an error.
 """
 
 import dataclasses

@@ -16,6 +16,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ext.layers.attention.cache import empty_cache, extend_cache, next_positions
 from keras_ext.layers.attention.multi_head import (
     dot_product_attention,
     join_masks,
@@ -125,11 +126,8 @@ class GatedAttentionUnit(keras.layers.Layer):
         position = self.position or Position()
         if training:
             position = position.in_training()
-        u, v, z = ops.split(self.input_dense(inputs), [self.units, 2 * self.units], axis=-1)
         positions = ops.arange(ops.shape(inputs)[1])
-        query, key, value = (ops.expand_dims(x, 2) for x in (z, z, v))  # of one head
-        query = position.encode(query * ops.cast(self.query_gamma, z.dtype), positions)
-        key = position.encode(key * ops.cast(self.key_gamma, z.dtype), positions)
+        u, query, key, value = self._project(inputs, position, positions)
         seen = join_masks(mask if inputs_mask is None else inputs_mask, attention_mask)
         attended = dot_product_attention(
             log_scaled(query, key, LOG_LENGTH, seen, self.causal, LEAST),
@@ -144,6 +142,49 @@ class GatedAttentionUnit(keras.layers.Layer):
             else None,
         )
         return self.output_dense(u * ops.squeeze(attended, 2))
+
+    def _project(
+        self, inputs: Any, position: Position, positions: Any
+    ) -> tuple[Any, Any, Any, Any]:
+        """Gates, and encoded queries, keys and values of one head."""
+        u, v, z = ops.split(self.input_dense(inputs), [self.units, 2 * self.units], axis=-1)
+        query, key, value = (ops.expand_dims(x, 2) for x in (z, z, v))
+        query = position.encode(query * ops.cast(self.query_gamma, z.dtype), positions)
+        key = position.encode(key * ops.cast(self.key_gamma, z.dtype), positions)
+        return u, query, key, value
+
+    def initial_state(self, batch_size: int, max_length: int) -> dict[str, Any]:
+        """What `step` needs before the first token: empty caches for so many tokens."""
+        return empty_cache(
+            batch_size, max_length, 1, self.key_dim, self.units, self.compute_dtype
+        )
+
+    def step(
+        self, inputs: Any, state: dict[str, Any], attention_mask: Any = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Some tokens more, as in `MultiHeadAttention.attend_step`.
+
+        Args:
+            inputs: (batch, tokens, width).
+            state: of `initial_state`, or of the step before.
+            attention_mask: boolean (batch, tokens or 1, places of the cache). Default: None.
+
+        Returns: the output, like `inputs`, and the new state.
+        """
+        position = self.position or Position()
+        at = next_positions(state, ops.shape(inputs)[1])
+        u, query, key, value = self._project(inputs, position, at)
+        state, of, seen = extend_cache(state, key, value, self.causal)
+        seen = join_masks(None, attention_mask, seen)
+        attended = dot_product_attention(
+            log_scaled(query, state["key"], LOG_LENGTH, seen, least=LEAST),
+            state["key"],
+            state["value"],
+            mask=seen,
+            position=position,
+            positions=(at, of),
+        )
+        return self.output_dense(u * ops.squeeze(attended, 2)), state
 
     def compute_output_shape(self, inputs_shape: tuple) -> tuple:
         return inputs_shape
@@ -218,6 +259,11 @@ class GatedAttentionBlock(keras.layers.Layer):
         pattern = {} if attention_mask is None else {"attention_mask": attention_mask}
         attended = self.attention(inputs, **pattern)
         return self.attention_norm(inputs + self.dropout_layer(attended, training=training))
+
+    def step(self, inputs: Any, state: Any, **pattern: Any) -> tuple[Any, Any]:
+        """Some tokens more, without dropout; see `TransformerBlock.step`."""
+        attended, state = self.attention.step(inputs, state, **pattern)
+        return self.attention_norm(inputs + attended), state
 
     def compute_output_shape(self, inputs_shape: tuple) -> tuple:
         return inputs_shape

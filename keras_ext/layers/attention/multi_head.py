@@ -29,6 +29,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ext.layers.attention.cache import empty_cache, extend_cache, next_positions
 from keras_ext.layers.attention.positions import Position
 from keras_ext.layers.attention.projected import ProjectedAttention
 from keras_ext.layers.attention.windows import WindowBlocks
@@ -314,12 +315,14 @@ class MultiHeadAttention(ProjectedAttention):
         size = max_length if self.window is None else self.window
         if size is None:
             raise ValueError("max_length must be given without a window, got None.")
-        shape = (batch_size, size, self.num_kv_heads)
-        return {
-            "key": ops.zeros((*shape, self.key_dim), self.compute_dtype),
-            "value": ops.zeros((*shape, self.value_dim), self.compute_dtype),
-            "length": ops.zeros((), "int32"),
-        }
+        return empty_cache(
+            batch_size,
+            size,
+            self.num_kv_heads,
+            self.key_dim,
+            self.value_dim,
+            self.compute_dtype,
+        )
 
     def attend_step(
         self,
@@ -339,29 +342,21 @@ class MultiHeadAttention(ProjectedAttention):
 
         The ring of a window takes one token at a time, and no mask or bias.
         """
-        position, now = self.position or Position(), state["length"]
-        size, number = ops.shape(state["key"])[1], ops.shape(query)[1]
+        position = self.position or Position()
         query, key = self._normalise(query, key)
-        at = now + ops.arange(number)
-        start = (0, now % size, 0, 0)
-        key = ops.slice_update(state["key"], start, position.encode(key, at))
-        value = ops.slice_update(state["value"], start, value)
-        last = now + number - 1
-        of = last - (last - ops.arange(size)) % size  # the token in each place of the ring
-        seen = ops.broadcast_to(of >= 0, (number, size))
-        if self.causal:
-            seen = ops.logical_and(seen, of <= at[:, None])
+        at = next_positions(state, ops.shape(query)[1])
+        state, of, seen = extend_cache(state, position.encode(key, at), value, self.causal)
         heads = self._dot_product(
             position.encode(query, at),
-            key,
-            value,
-            mask=join_masks(None, attention_mask, seen[None, None]),
+            state["key"],
+            state["value"],
+            mask=join_masks(None, attention_mask, seen),
             causal=False,
             bias=attention_bias,
             position=position,
             positions=(at, of),
         )
-        return heads, {"key": key, "value": value, "length": now + number}
+        return heads, state
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -106,6 +106,13 @@ class CachedModel:
             )
         if "memory" in kwargs and not crosses:
             raise ValueError(f"{block.name} has a memory that is not of an encoder.")
+        if not isinstance(
+            block.attention, (layers.MultiHeadAttention, layers.GatedAttentionUnit)
+        ):
+            raise ValueError(
+                f"The attention of {block.name}, a {type(block.attention).__name__}, keeps no "
+                "keys and values. Decode it by its own `step`."
+            )
 
     def initial_states(self, batch_size: int, size: int) -> list[Any]:
         """Empty caches of the blocks, for texts of at most `size` tokens, padding included."""
@@ -137,6 +144,7 @@ class CachedModel:
 
         Returns: logits (batch, vocab_size) in float32 at least, and the new states.
         """
+        token_ids, valid = ops.convert_to_tensor(token_ids), ops.convert_to_tensor(valid)
         self._valid, self._states, self._new = valid, states, [None] * len(states)
         self._memories, self._memory_mask = memories, memory_mask
         now = states[0]["length"]
@@ -144,7 +152,9 @@ class CachedModel:
         known = {
             "token_ids": token_ids,
             "decoder_token_ids": token_ids,
-            "segment_ids": ops.zeros_like(token_ids) if segment_ids is None else segment_ids,
+            "segment_ids": ops.zeros_like(token_ids)
+            if segment_ids is None
+            else ops.convert_to_tensor(segment_ids),
         }
         names = [x.name for x in self._decoder.inputs]
         if self.has_memory:  # which the blocks have as keys and values
@@ -190,7 +200,7 @@ class _Step(keras.layers.Layer):
     """A layer of the graph, run by the cached model."""
 
     def __init__(self, layer: Any, cached: CachedModel, number: int | None, name: str) -> None:
-        super().__init__(name=name)
+        super().__init__(name=name, dtype=layer.dtype_policy)
         self.supports_masking = True
         self.layer = layer
         self.number = number

@@ -66,8 +66,8 @@ class Generator:
         end_token: id that ends a text, or several. Default: none, texts have the full length.
         start_token: the first token of a decoder. Default: 0, as of T5.
         seed: of the draws. Default: at random.
-        jit_compile: compile by XLA on TensorFlow (JAX always does, PyTorch never): True, False or
-            "auto", which is True, as XLA keeps the caches in place. Default: "auto".
+        jit_compile: compile by XLA on TensorFlow (JAX always does, PyTorch never): True, False
+            or "auto", which is True, as XLA keeps the caches in place. Default: "auto".
 
     Raises:
         ValueError: as of `CachedModel`.
@@ -326,7 +326,7 @@ class Generator:
         ranks = scores / ops.cast(lengths, "float32")[:, None] ** search.length_penalty
         _, best = ops.top_k(ops.reshape(ranks, (rows // beams, beams * size)), beams)
         best = ops.cast(best, "int32")
-        first = np.arange(0, rows, beams, dtype="int32")[:, None]
+        first = ops.arange(0, rows, beams, dtype="int32")[:, None]
         parents = ops.reshape(first + best // size, (rows,))
         tokens = ops.reshape(best % size, (rows,))
         moving = keras.tree.map_structure(

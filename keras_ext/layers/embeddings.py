@@ -130,7 +130,8 @@ class PositionEmbedding(keras.layers.Layer):
 
     Call arguments:
         inputs: (batch, length, width), length at most `max_length`. The output is like it.
-        positions: integers (batch, length), where tokens stand. Default: 0 ... length - 1.
+        positions: integers (batch, length) below `max_length`, where tokens stand; the length
+            may be greater then. Default: 0 ... length - 1.
 
     Raises:
         ValueError: `max_length` is not positive, or the inputs are longer.
@@ -159,16 +160,17 @@ class PositionEmbedding(keras.layers.Layer):
         )
 
     def call(self, inputs: Any, positions: Any = None) -> Any:
-        self._check_length(inputs.shape[1])
         if positions is not None:
             return inputs + ops.take(self.embeddings, positions, axis=0)
+        self._check_length(inputs.shape[1])
         # A slice and not a gather: its gradient is one dense copy.
         return inputs + self.embeddings[: ops.shape(inputs)[1]]
 
     def compute_output_shape(
         self, inputs_shape: tuple, positions_shape: tuple | None = None
     ) -> tuple:
-        self._check_length(inputs_shape[1])
+        if positions_shape is None:
+            self._check_length(inputs_shape[1])
         return inputs_shape
 
     def get_config(self) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class MaskedText:
 
     Args:
         rows, starts: as for `WordMasking`; at least a batch.
-        masking: what masks them.
+        masking: what masks them, or another objective.
         batch_size: rows of a batch.
         seed: of orders and masks.
     """

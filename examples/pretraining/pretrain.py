@@ -1,4 +1,4 @@
-"""Train a masked language model: what mlm.py does once the backend is chosen."""
+"""Train a language model: what mlm.py, lm.py and unilm.py do once the backend is chosen."""
 
 import json
 import time
@@ -11,9 +11,9 @@ import numpy as np
 from encoder import small_bert
 from errors import UserError
 from finetune import resolve_jit
-from keras import ops
-from masking import MaskedText, WordMasking, places
+from masking import MaskedText
 from matplotlib.figure import Figure
+from objectives import application, build_model, make_objective
 from packing import import_segmenter, pack, read_lines
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -21,7 +21,7 @@ from run_directory import RunDirectory, replacing
 from schedule import WarmupDecay
 from state import load_state, save_state
 
-from keras_ext.models import FAMILIES, save_transformer_model
+from keras_ext.models import save_transformer_model
 from keras_ext.text import WordPieceTokenizer, build_vocabulary
 
 
@@ -29,21 +29,22 @@ def pretrain(config: dict[str, Any], run: RunDirectory) -> None:
     """Train, or go on training, and write all results.
 
     Args:
-        config: the flags of mlm.py.
+        config: the flags of the script.
         run: the directory to write to, which may hold a state to continue from.
     """
     keras.utils.clear_session()
     keras.utils.set_random_seed(config["seed"])
     vocabulary, rows, starts = prepare(config, run)
-    train, held_out = split(rows, starts, WordMasking(vocabulary), config)
     sizes = small_bert(
         len(vocabulary),
         config["layers"],
         config["hidden"],
         positions=config["length"],
         dropout=config["dropout"],
-    )
-    model = build_model(sizes, config["family"])
+    ) | application(config["family"], config["task"])
+    model = build_model(sizes, config["family"], config["task"])
+    objective = make_objective(config["task"], vocabulary, model)
+    train, held_out = split(rows, starts, objective, config)
     compile_model(model, config)
     history = load_state(run / "state.npz", model)
     console = Console()
@@ -74,7 +75,8 @@ def prepare(
         vocabulary = WordPieceTokenizer(run / "vocab.txt").vocabulary
         with np.load(run / "text.npz") as text:
             return vocabulary, text["rows"], text["starts"]
-    segment = import_segmenter()
+    # Only masks are of whole words.
+    segment = import_segmenter() if config["task"] == "mlm" else (lambda text: [text])
     lines = read_lines(config["text"])
     began = time.perf_counter()
     try:
@@ -99,9 +101,9 @@ def prepare(
 
 
 def split(
-    rows: np.ndarray, starts: np.ndarray, masking: WordMasking, config: dict[str, Any]
+    rows: np.ndarray, starts: np.ndarray, objective: Any, config: dict[str, Any]
 ) -> tuple[MaskedText, tuple]:
-    """What to train on, and batches to score with masks that stay the same.
+    """What to train on, and batches to score with targets that stay the same.
 
     The latter are whole batches, so that the mean of their losses is that of all predictions.
     """
@@ -115,8 +117,8 @@ def split(
             "held out. The others are no batch: give more text, or a smaller --batch-size"
         )
     held_out, kept = np.sort(order[:count]), np.sort(order[count:])
-    scored = masking(rows[held_out], starts[held_out], rng).batch()
-    return MaskedText(rows[kept], starts[kept], masking, size, config["seed"]), scored
+    scored = objective(rows[held_out], starts[held_out], rng).batch()
+    return MaskedText(rows[kept], starts[kept], objective, size, config["seed"]), scored
 
 
 class Batches(keras.utils.PyDataset):
@@ -131,24 +133,6 @@ class Batches(keras.utils.PyDataset):
 
     def __getitem__(self, index: int) -> tuple:
         return self.text.draw(self.steps[index]).batch()
-
-
-def build_model(sizes: dict[str, Any], family: str) -> keras.Model:
-    """`[token_ids, segment_ids, positions]` -> logits (batch, places, vocabulary).
-
-    `with_mlm` gives logits at all positions. Of a small model on a CPU the projection to the
-    vocabulary would take most of the time then, so here the positions to predict are picked
-    out before it.
-    """
-    try:
-        transformer = FAMILIES[family].from_config(sizes)
-    except ValueError as error:
-        raise UserError(f"{error}") from error
-    inputs, token_embedding, hidden = transformer.trunk()
-    length = sizes["max_position_embeddings"]
-    positions = keras.Input((places(length),), dtype="int32", name="positions")
-    hidden = ops.take_along_axis(hidden, positions[:, :, None], axis=1)
-    return keras.Model([*inputs, positions], transformer.mlm(hidden, token_embedding))
 
 
 def compile_model(model: keras.Model, config: dict[str, Any]) -> None:

@@ -174,12 +174,12 @@ class GatedAttentionUnit(keras.layers.Layer):
         position = self.position or Position()
         at = next_positions(state, ops.shape(inputs)[1])
         u, query, key, value = self._project(inputs, position, at)
-        state, of, seen = extend_cache(state, key, value, self.causal)
+        state, key, value, of, seen = extend_cache(state, key, value, self.causal)
         seen = join_masks(None, attention_mask, seen)
         attended = dot_product_attention(
-            log_scaled(query, state["key"], LOG_LENGTH, seen, least=LEAST),
-            state["key"],
-            state["value"],
+            log_scaled(query, key, LOG_LENGTH, seen, least=LEAST),
+            key,
+            value,
             mask=seen,
             position=position,
             positions=(at, of),

@@ -345,11 +345,12 @@ class MultiHeadAttention(ProjectedAttention):
         position = self.position or Position()
         query, key = self._normalise(query, key)
         at = next_positions(state, ops.shape(query)[1])
-        state, of, seen = extend_cache(state, position.encode(key, at), value, self.causal)
+        key = position.encode(key, at)
+        state, key, value, of, seen = extend_cache(state, key, value, self.causal)
         heads = self._dot_product(
             position.encode(query, at),
-            state["key"],
-            state["value"],
+            key,
+            value,
             mask=join_masks(None, attention_mask, seen),
             causal=False,
             bias=attention_bias,

@@ -53,10 +53,14 @@ def pool(
     """(batch, length, hidden) to (batch, hidden), where token id 0 is padding.
 
     Args:
-        kind: "first", "mean" or "max" over the tokens of a text.
+        kind: "first", "last", "mean" or "max" over the tokens of a text.
     """
     if kind == "first":
         return hidden[:, 0]
+    if kind == "last":
+        number = ops.sum(ops.cast(ops.not_equal(token_ids, 0), "int32"), axis=1)
+        last = ops.maximum(number - 1, 0)[:, None, None]
+        return ops.squeeze(ops.take_along_axis(hidden, last, axis=1), 1)
     mask = ops.expand_dims(ops.not_equal(token_ids, 0), axis=-1)  # (batch, length, 1)
     if kind == "max":
         return ops.max(ops.where(mask, hidden, float("-inf")), axis=1)

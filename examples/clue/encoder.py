@@ -7,6 +7,7 @@ from typing import Any
 import keras
 from data import TaskData
 from errors import UserError
+from keras import ops
 from settings import Settings
 
 from keras_ext import layers
@@ -14,6 +15,8 @@ from keras_ext.models import build_transformer_model, replace_attention
 from keras_ext.text import WordPieceTokenizer, build_vocabulary
 
 HEAD_SIZE = 64  # width of an attention head from scratch, as in BERT
+# What a family does here, if not what it does by default; a GPT sees no later tokens.
+APPLICATIONS = {"t5": "encoder", "mt5": "encoder"}
 # In the place of softmax attention, with its projections.
 ATTENTIONS = {
     "linear": layers.LinearAttention,
@@ -45,7 +48,23 @@ def build(
     if settings.attention != "softmax":
         kind = ATTENTIONS[settings.attention]
         encoder = replace_attention(encoder, lambda old: kind(old.num_heads, old.key_dim))
-    return tokenizer, encoder
+    return tokenizer, _with_segments(encoder, settings)
+
+
+def _with_segments(encoder: keras.Model, settings: Settings) -> keras.Model:
+    """The encoder with an input of segments, and the mask of padding, if it has none."""
+    if len(encoder.inputs) == 2:
+        return encoder
+    if encoder.get_layer("encoder_0").attention.causal and settings.pooling == "first":
+        raise UserError(
+            "the first token of a GPT sees no other: give --pooling last (or mean, or max)"
+        )
+    (token_ids,) = encoder.inputs
+    segment_ids = keras.Input((None,), dtype="int32", name="segment_ids")
+    hidden = layers.WithMask()([encoder.output, ops.not_equal(token_ids, 0)])
+    model = keras.Model([token_ids, segment_ids], hidden, name=encoder.name)
+    model.checkpoint_report = getattr(encoder, "checkpoint_report", None)
+    return model
 
 
 def small_bert(
@@ -75,6 +94,7 @@ def _pretrained(
         sizes,
         directory,
         family,
+        application=APPLICATIONS.get(family or sizes.get("model_type")),
         dropout=settings.dropout,
         attention_dropout=settings.dropout,
     )
@@ -110,7 +130,8 @@ def _from_scratch(
         positions=settings.max_length,
         dropout=settings.dropout,
     )
-    return tokenizer, build_transformer_model(sizes, model=family)
+    application = APPLICATIONS.get(family)
+    return tokenizer, build_transformer_model(sizes, model=family, application=application)
 
 
 def _first_of(directory: Path, *names: str) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 from errors import UserError
 
 OPTIMIZERS = ("adamw", "adafactor", "relative_adafactor", "lamb", "lion")
-POOLINGS = ("first", "mean", "max")
+POOLINGS = ("first", "last", "mean", "max")
 HEADS = ("global_pointer", "crf")
 ATTENTIONS = ("softmax", "linear", "favor", "polynomial")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -55,7 +55,7 @@ class Settings:
     ema: float = _flag(0.0, "momentum of the averaged weights to evaluate with, 0 for none")
     dropout: float = _flag(0.1, "dropout rate inside the encoder")
     head_dropout: float = _flag(0.0, "dropout rate before the classifier")
-    pooling: str = _flag("first", "the last layer's [CLS], mean or max", POOLINGS)
+    pooling: str = _flag("first", "the last layer's [CLS], last token, mean or max", POOLINGS)
     head: str = _flag("global_pointer", "what finds entities", HEADS)
     label_smoothing: float = _flag(0.0, "probability spread over all classes")
     attention: str = _flag("softmax", "attention of the encoder", ATTENTIONS)

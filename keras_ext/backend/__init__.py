@@ -17,6 +17,7 @@ stands here once per backend, under one name:
 | `num_replicas()` | replicas whose gradients the optimizer has to sum itself |
 | `value_and_grad(fn, has_aux)` | of the first argument; itself differentiable |
 | `product_flops(fn, specs)` | of `fn` on inputs of these (shape, dtype) |
+| `recompute(fn, tensors, variables)` | `fn(*tensors)`, computed again for the gradient |
 | `compile(fn, variables, jit_compile)` | a program of `fn`, which reads the variables |
 | `has_value(variable)` | False where a failed JAX training step left a variable empty |
 
@@ -32,6 +33,10 @@ loss that is differentiated in turn (as often as one likes, and without a second
 no harm), and each is assigned once. With `recompute` TensorFlow runs the function again for the
 gradient, on the same draws, instead of keeping what it computed: without it XLA cannot compile
 the gradient. JAX and PyTorch ignore it.
+
+`recompute(fn, tensors, variables)` returns `fn(*tensors)`, a tensor; some of `tensors` may be
+None. What `fn` computes is not kept for the gradient, but computed again on the same draws.
+`variables` are those that it may assign.
 
 Only the backend that Keras itself runs on is imported.
 """
@@ -61,6 +66,7 @@ apply_gradients = _backend.apply_gradients
 merge_replicas = _backend.merge_replicas
 num_replicas = _backend.num_replicas
 product_flops = _backend.product_flops
+recompute = _backend.recompute
 run_if = _backend.run_if
 has_value = _backend.has_value
 value_and_grad = _backend.value_and_grad
@@ -77,6 +83,7 @@ __all__ = [
     "merge_replicas",
     "num_replicas",
     "product_flops",
+    "recompute",
     "run_if",
     "value_and_grad",
     "values",

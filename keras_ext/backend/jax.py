@@ -159,6 +159,26 @@ def cond(predicate, true_fn, false_fn, inputs, variables, recompute=False):
     return out
 
 
+def recompute(fn, tensors, variables):
+    """See `keras_ext.backend`. The tensors are not arguments, as they have Keras masks."""
+    assigned = {}
+
+    @jax.checkpoint
+    def run():
+        scope = _RecordingScope()
+        with scope:
+            out = fn(*tensors)
+            values = [v.value for v in variables]
+        assigned.update(scope.assigned)
+        return out, values
+
+    out, values = run()
+    for variable, value in zip(variables, values, strict=True):
+        if id(variable) in assigned:
+            variable.assign(value)
+    return out
+
+
 def product_flops(fn, specs):
     """See `keras_ext.backend`."""
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in specs]

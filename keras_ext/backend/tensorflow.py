@@ -182,6 +182,49 @@ def cond(predicate, true_fn, false_fn, inputs, variables, recompute=False):
     return run(inputs)
 
 
+def recompute(fn, tensors, variables):
+    """See `keras_ext.backend`."""
+    given = [i for i, tensor in enumerate(tensors) if tensor is not None]
+
+    def call(flat):
+        arguments = list(tensors)
+        for i, tensor in zip(given, flat, strict=True):
+            arguments[i] = _like(tensor, tensors[i])
+        return fn(*arguments)
+
+    @tf.custom_gradient
+    def run(*flat):
+        before = list(zip(variables, copies(variables), strict=True))
+        constant = {id(v.value) for v in variables}
+
+        def grad(upstream, variables=()):
+            weights = [w for w in variables if id(w) not in constant]
+            state = keras.StatelessScope(before, initialize_variables=False)
+            # After the gradient that comes in, and on copies: else a graph would find that it
+            # has computed all this before, and keep it.
+            with tf.control_dependencies([upstream]):
+                again = [tf.identity(x) for x in flat]
+            with state, tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch([*again, *weights])
+                y = call(again)
+            zero = tf.UnconnectedGradients.ZERO
+            found = [densify(g) for g in tape.gradient(y, [*again, *weights], upstream, zero)]
+            of_weights = dict(zip(map(id, weights), found[len(flat) :], strict=True))
+            return found[: len(flat)], [of_weights.get(id(w)) for w in variables]
+
+        return call(flat), grad
+
+    return run(*(tensors[i] for i in given))
+
+
+def _like(tensor, other):
+    """The tensor with the Keras mask of another."""
+    mask = getattr(other, "_keras_mask", None)  # private: there is no public way to set one
+    if mask is not None:
+        tensor._keras_mask = mask
+    return tensor
+
+
 def product_flops(fn, specs):
     """See `keras_ext.backend`."""
     arguments = [tf.TensorSpec(shape, dtype) for shape, dtype in specs]

@@ -2,6 +2,7 @@
 
 import keras
 import torch
+import torch.utils.checkpoint
 
 
 def run_if(predicate, fn, variables):
@@ -84,6 +85,21 @@ def _detached(leaf):
 def cond(predicate, true_fn, false_fn, inputs, variables, recompute=False):
     """See `keras_ext.backend`."""
     return true_fn(inputs) if predicate else false_fn(inputs)
+
+
+def recompute(fn, tensors, variables):
+    """See `keras_ext.backend`. torch's own generator is set back by `checkpoint`."""
+    before = list(zip(variables, copies(variables), strict=True))
+    called = []
+
+    def run():
+        if not called:
+            called.append(True)
+            return fn(*tensors)
+        with keras.StatelessScope(before, initialize_variables=False):
+            return fn(*tensors)
+
+    return torch.utils.checkpoint.checkpoint(run, use_reentrant=False)
 
 
 def product_flops(fn, specs):

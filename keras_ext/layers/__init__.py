@@ -35,6 +35,7 @@ from keras_ext.layers.linear_chain import (
 from keras_ext.layers.norms import ConditionalLayerNormalization, RMSNorm
 from keras_ext.layers.theseus import TheseusModule
 from keras_ext.layers.transformer import FeedForward, TransformerBlock, gelu_tanh
+from keras_ext.layers.with_mask import WithMask
 
 __all__ = [
     "CRF",
@@ -61,6 +62,7 @@ __all__ = [
     "TheseusModule",
     "TokenEmbedding",
     "TransformerBlock",
+    "WithMask",
     "cosine_scores",
     "crf_decode",
     "crf_log_partition",

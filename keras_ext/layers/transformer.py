@@ -14,6 +14,8 @@ from typing import Any
 
 import keras
 
+from keras_ext import backend
+
 
 @keras.saving.register_keras_serializable(package="keras_ext")
 def gelu_tanh(x: Any) -> Any:
@@ -137,6 +139,10 @@ class TransformerBlock(keras.layers.Layer):
         pre_norm: normalise what enters the sublayers, not the sums. Default: False.
         cross_attention: layer called as `cross_attention(h, memory)` between the two. Default:
             none.
+        recompute: in training keep only what enters the block, and compute the rest again for
+            the gradient, on the same draws (gradient checkpointing). Memory is saved on
+            TensorFlow without XLA and on PyTorch; on a CPU, XLA computes again but keeps all.
+            Default: False.
 
     Call arguments:
         inputs: (batch, length, width). The output is like it.
@@ -163,6 +169,7 @@ class TransformerBlock(keras.layers.Layer):
         norm: keras.layers.Layer | None = None,
         pre_norm: bool = False,
         cross_attention: keras.layers.Layer | None = None,
+        recompute: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -172,6 +179,7 @@ class TransformerBlock(keras.layers.Layer):
         self.cross_attention = cross_attention
         self.dropout = dropout
         self.pre_norm = pre_norm
+        self.recompute = recompute
         self.norm_config = norm_config(norm)
         self.attention_norm = named_norm(self.norm_config, "attention_norm", self)
         self.feed_forward_norm = named_norm(self.norm_config, "feed_forward_norm", self)
@@ -211,16 +219,37 @@ class TransformerBlock(keras.layers.Layer):
         attention_bias: Any = None,
         training: bool | None = None,
     ) -> Any:
+        def run(inputs: Any, memory: Any, condition: Any, attention_bias: Any) -> Any:
+            return self._run(
+                inputs, attention_mask, memory, condition, attention_bias, training
+            )
+
+        tensors = inputs, memory, condition, attention_bias
+        if training and self.recompute:
+            return backend.recompute(run, tensors, self.non_trainable_variables)
+        return run(*tensors)
+
+    def _run(
+        self,
+        inputs: Any,
+        attention_mask: Any,
+        memory: Any,
+        condition: Any,
+        attention_bias: Any,
+        training: bool | None,
+    ) -> Any:
         given = {"attention_mask": attention_mask, "attention_bias": attention_bias}
         pattern = {name: value for name, value in given.items() if value is not None}
 
         def attend(x: Any) -> Any:
             own = memory is None or self.cross_attention is not None
-            return self.attention(x, x if own else memory, **pattern)
+            return self.attention(x, x if own else memory, training=training, **pattern)
 
-        return self._sublayers(
-            inputs, attend, lambda x: self.cross_attention(x, memory), condition, training
-        )
+        def cross_attend(x: Any) -> Any:
+            return self.cross_attention(x, memory, training=training)
+
+        # `training` is said to all, as the gradient runs this again outside of the call.
+        return self._sublayers(inputs, attend, cross_attend, condition, training)
 
     def step(
         self,
@@ -266,7 +295,7 @@ class TransformerBlock(keras.layers.Layer):
         x = add(x, self.attention_norm, attend)
         if self.cross_attention is not None:
             x = add(x, self.cross_attention_norm, cross_attend)
-        return add(x, self.feed_forward_norm, self.feed_forward)
+        return add(x, self.feed_forward_norm, lambda x: self.feed_forward(x, training=training))
 
     def compute_output_shape(
         self,
@@ -285,6 +314,7 @@ class TransformerBlock(keras.layers.Layer):
             "norm": self.norm_config,
             "pre_norm": self.pre_norm,
             "cross_attention": serialize_unbuilt(self.cross_attention),
+            "recompute": self.recompute,
         }
 
     @classmethod

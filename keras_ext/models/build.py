@@ -14,6 +14,7 @@ from typing import Any
 
 import keras
 
+from keras_ext.layers import GatedAttentionBlock, TransformerBlock
 from keras_ext.models.albert import ALBERT
 from keras_ext.models.bert import BERT
 from keras_ext.models.checkpoints import CheckpointReport, load_weights, save_weights
@@ -60,12 +61,14 @@ def build_transformer_model(
     application: str | None = None,
     dropout: float | None = None,
     attention_dropout: float | None = None,
+    recompute: bool = False,
 ) -> keras.Model:
-    """Build a Transformer encoder as a functional Keras model and load its checkpoint.
+    """Build a Transformer as a functional Keras model and load its checkpoint.
 
     The model maps `[token_ids, segment_ids]`, int32 of (batch, length), where token id 0 is
     padding and masked, to the last hidden states (batch, length, hidden), or to a list: those,
-    then the outputs of the heads asked for, in the order of the arguments.
+    then the outputs of the heads asked for, in the order of the arguments. GPTs have no
+    segments and no padding, T5s no segments, but `decoder_token_ids` (see `T5`).
 
     Args:
         config: a JSON file, a directory with `bert_config.json` or `config.json`, the id of a
@@ -73,19 +76,23 @@ def build_transformer_model(
         checkpoint: prefix or directory of a TensorFlow checkpoint, directory or repository of
             a Hugging Face model with safetensors. Default: fresh weights.
         model: the family: "albert", "bert" (also RoBERTa-wwm, MacBERT, RBT3), "electra",
-            "electra_generator", "gau_alpha", "nezha", "roformer" or "roformer_v2". Default: the
-            `model_type` of the configuration, or "bert" where it has none.
-        with_mlm: add the logits of the masked language model, (batch, length, vocabulary).
+            "electra_generator", "gau_alpha", "gpt2" (also CPM), "gpt2_ml", "mt5", "nezha",
+            "openai-gpt", "roformer", "roformer_v2" or "t5". Default: the `model_type` of the
+            configuration, or "bert" where it has none.
+        with_mlm: add the logits of the masked language model, or of the next token,
+            (batch, length, vocabulary).
         with_nsp: add the logits of next-sentence prediction, of ALBERT of the order of
             sentences, (batch, 2).
         with_pool: add the pooled first token, (batch, hidden).
         with_discriminator: add the logits of ELECTRA, positive where a token is replaced,
             (batch, length).
         application: "encoder", "lm" (tokens see no later ones) or "unilm" (nor do those of
-            segment 1; those of segment 0 see each other). Default: that of the configuration,
-            or "encoder".
+            segment 1; those of segment 0 see each other); of a GPT "lm"; of a T5 "seq2seq",
+            "encoder" or "decoder". Default: that of the configuration, or the first of these.
         dropout: rate on embeddings and sublayer outputs. Default: that of the configuration.
         attention_dropout: rate on attention weights. Default: that of the configuration.
+        recompute: gradient checkpointing, as of `TransformerBlock`, in all blocks. Default:
+            False.
 
     Returns:
         A `keras.Model`; with a checkpoint, `model.checkpoint_report` tells what became of every
@@ -120,6 +127,9 @@ def build_transformer_model(
     given = {name: option for name, option in options.items() if option is not None}
     family = dataclasses.replace(family, **given)
     transformer = family.build(**heads)
+    for block in transformer.layers:
+        if isinstance(block, (TransformerBlock, GatedAttentionBlock)):
+            block.recompute = recompute
     if checkpoint is not None:
         checkpoint = _local(checkpoint)
         transformer.checkpoint_report = load_weights(transformer, checkpoint, family.names)

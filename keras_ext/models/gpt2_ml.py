@@ -48,7 +48,7 @@ class GroverBlock(TransformerBlock):
     ) -> Any:
         given = () if condition is None else (condition,)
         x = x + self.dropout_layer(attend(x), training=training)
-        y = self.feed_forward(self.attention_norm(x, *given))
+        y = self.feed_forward(self.attention_norm(x, *given), training=training)
         return self.feed_forward_norm(x + self.dropout_layer(y, training=training), *given)
 
 

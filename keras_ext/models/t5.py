@@ -25,7 +25,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import keras
-from keras import ops
 
 from keras_ext import layers
 from keras_ext.models.bert import ACTIVATIONS, BERT
@@ -123,27 +122,6 @@ def _not_gated(table: NameTable) -> NameTable:
     return dataclasses.replace(table, weights=weights)
 
 
-@keras.saving.register_keras_serializable(package="keras_ext")
-class Masked(keras.layers.Layer):
-    """Give hidden states a Keras mask, or take theirs away.
-
-    Call arguments:
-        inputs: hidden states (batch, length, width), or a list of them and a mask, boolean
-            (batch, length). The output is the hidden states.
-    """
-
-    def call(self, inputs: Any) -> Any:
-        hidden = inputs[0] if isinstance(inputs, (list, tuple)) else inputs
-        return ops.copy(hidden)  # as the old one keeps its mask
-
-    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
-        return inputs[1] if isinstance(inputs, (list, tuple)) else None
-
-    def compute_output_spec(self, inputs: Any) -> keras.KerasTensor:
-        hidden = inputs[0] if isinstance(inputs, (list, tuple)) else inputs
-        return keras.KerasTensor(hidden.shape, hidden.dtype)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5(BERT):
     """The sizes of a T5; fields may be named as here or as Hugging Face does.
@@ -223,7 +201,7 @@ class T5(BERT):
         if self.application == "decoder":
             memory = keras.Input((None, self.hidden_size), name="memory")
             memory_mask = keras.Input((None,), dtype="bool", name="memory_mask")
-            inputs, memory = [memory, memory_mask], Masked()([memory, memory_mask])
+            inputs, memory = [memory, memory_mask], layers.WithMask()([memory, memory_mask])
         else:
             token_ids = keras.Input((None,), dtype="int32", name="token_ids")
             inputs, memory = [token_ids], self.side("encoder", token_embedding(token_ids))
@@ -232,7 +210,7 @@ class T5(BERT):
                 raise ValueError("with_mlm needs a decoder: application='seq2seq'.")
             return self.model(inputs, [memory], name)
         token_ids = keras.Input((None,), dtype="int32", name="decoder_token_ids")
-        tokens = Masked(name="decoder_tokens")(token_embedding(token_ids))
+        tokens = layers.WithMask(name="decoder_tokens")(token_embedding(token_ids))
         hidden = self.side("decoder", tokens, memory)
         outputs = [hidden]  # (batch, targets, hidden_size)
         if with_mlm:

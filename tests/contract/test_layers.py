@@ -99,6 +99,7 @@ ROWS = [
         "TokenEmbedding", lambda **k: layers.TokenEmbedding(10, 8, mask_zero=True, **k), (IDS,)
     ),
     Row("TransformerBlock", block, (HIDDEN,)),
+    Row("WithMask", layers.WithMask, (HIDDEN,)),
 ]
 # The others give one output for each pair of tokens.
 OF_TOKENS = [row for row in ROWS if "GlobalPointer" not in row.name]

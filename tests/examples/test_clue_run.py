@@ -9,6 +9,7 @@ import time
 import zipfile
 from dataclasses import asdict
 
+import classification
 import encoder
 import keras
 import numpy as np
@@ -215,6 +216,25 @@ def test_other_families():
     assert "position_embedding" not in [layer.name for layer in trunk.layers]
     with pytest.raises(UserError, match=r"Unknown family 'llama'\. Known: albert, bert"):
         encoder.build({**config, "family": "llama"}, Settings(layers=1, hidden=8), data)
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2"])
+def test_families_without_segments(family):
+    data = tnews.load(run.SAMPLE / "tnews")
+    config = {"model": None, "family": family, "vocab": None, "cased": False}
+    settings = Settings(layers=1, hidden=8, pooling="last")
+    trunk = encoder.build(config, settings, data)[1]
+    assert [x.name for x in trunk.inputs] == ["token_ids", "segment_ids"]
+    ids = np.array([[3, 7, 8, 0], [3, 9, 0, 0]])
+    vectors = classification.pool(trunk.output, trunk.inputs[0], "last")
+    model = keras.Model(trunk.inputs, [trunk.output, vectors])
+    hidden, last = (keras.ops.convert_to_numpy(x) for x in model([ids, np.zeros_like(ids)]))
+    np.testing.assert_array_equal(last, hidden[[0, 1], [2, 1]])
+    shorter = keras.ops.convert_to_numpy(model([ids[:, :3], np.zeros((2, 3), int)])[1])
+    np.testing.assert_allclose(shorter, last, atol=1e-6)
+    if family == "gpt2":
+        with pytest.raises(UserError, match="sees no other: give --pooling last"):
+            encoder.build(config, Settings(layers=1, hidden=8), data)
 
 
 def test_a_submission_is_packed_only_if_all_is_well(finished_run, tmp_path, capsys):

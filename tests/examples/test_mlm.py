@@ -13,6 +13,7 @@ from clue_files import CLUE
 sys.path.insert(0, str(CLUE.parent / "pretraining"))
 
 import mlm
+import objectives
 import packing
 import pretrain
 from encoder import small_bert
@@ -256,7 +257,7 @@ def test_the_script_goes_on_in_a_process_of_its_own(runs, tmp_path):
 def test_every_family_predicts_the_tokens_masked(family):
     """What `with_mlm` gives at all positions, at those asked for."""
     sizes = small_bert(len(VOCABULARY), layers=2, hidden=8, positions=16, dropout=0.0)
-    model = pretrain.build_model(sizes, family)
+    model = objectives.build_model(sizes, family, "mlm")
     whole = FAMILIES[family].from_config(sizes).build(with_mlm=True)
     whole.set_weights(model.get_weights())
     rng = np.random.default_rng(0)

@@ -16,6 +16,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ext import backend
 from keras_ext.layers.attention.cache import empty_cache, extend_cache, next_positions
 from keras_ext.layers.attention.multi_head import (
     dot_product_attention,
@@ -218,6 +219,7 @@ class GatedAttentionBlock(keras.layers.Layer):
         dropout: rate of dropout on its output. Default: 0.
         norm: a layer that the block's is made like. Default:
             `LayerNormalization(epsilon=1e-12)`.
+        recompute: as of `TransformerBlock`. Default: False.
 
     Call arguments:
         inputs: (batch, length, width). The output is like it.
@@ -237,10 +239,12 @@ class GatedAttentionBlock(keras.layers.Layer):
         attention: keras.layers.Layer,
         dropout: float = 0.0,
         norm: keras.layers.Layer | None = None,
+        recompute: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.supports_masking = True
+        self.recompute = recompute
         self.attention = attention
         self.dropout = dropout
         self.norm_config = norm_config(norm)
@@ -257,8 +261,15 @@ class GatedAttentionBlock(keras.layers.Layer):
         self, inputs: Any, attention_mask: Any = None, training: bool | None = None
     ) -> Any:
         pattern = {} if attention_mask is None else {"attention_mask": attention_mask}
-        attended = self.attention(inputs, **pattern)
-        return self.attention_norm(inputs + self.dropout_layer(attended, training=training))
+
+        def run(inputs: Any) -> Any:
+            attended = self.attention(inputs, training=training, **pattern)
+            attended = self.dropout_layer(attended, training=training)
+            return self.attention_norm(inputs + attended)
+
+        if training and self.recompute:
+            return backend.recompute(run, (inputs,), self.non_trainable_variables)
+        return run(inputs)
 
     def step(self, inputs: Any, state: Any, **pattern: Any) -> tuple[Any, Any]:
         """Some tokens more, without dropout; see `TransformerBlock.step`."""
@@ -274,6 +285,7 @@ class GatedAttentionBlock(keras.layers.Layer):
             "attention": serialize_unbuilt(self.attention),
             "dropout": self.dropout,
             "norm": self.norm_config,
+            "recompute": self.recompute,
         }
 
     @classmethod

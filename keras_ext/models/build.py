@@ -17,7 +17,12 @@ import keras
 from keras_ext.layers import GatedAttentionBlock, TransformerBlock
 from keras_ext.models.albert import ALBERT
 from keras_ext.models.bert import BERT
-from keras_ext.models.checkpoints import CheckpointReport, load_weights, save_weights
+from keras_ext.models.checkpoints import (
+    CheckpointReport,
+    load_weights,
+    save_weights,
+    uninitialized,
+)
 from keras_ext.models.electra import ELECTRA, ELECTRAGenerator
 from keras_ext.models.gau_alpha import GAUAlpha
 from keras_ext.models.gpt import GPT
@@ -126,13 +131,17 @@ def build_transformer_model(
     }
     given = {name: option for name, option in options.items() if option is not None}
     family = dataclasses.replace(family, **given)
-    transformer = family.build(**heads)
+    if checkpoint is None:
+        transformer = family.build(**heads)
+    else:
+        checkpoint = _local(checkpoint)
+        with uninitialized():
+            transformer = family.build(**heads)
+            report = load_weights(transformer, checkpoint, family.names)
+        transformer.checkpoint_report = report
     for block in transformer.layers:
         if isinstance(block, (TransformerBlock, GatedAttentionBlock)):
             block.recompute = recompute
-    if checkpoint is not None:
-        checkpoint = _local(checkpoint)
-        transformer.checkpoint_report = load_weights(transformer, checkpoint, family.names)
     return transformer
 
 

@@ -14,13 +14,15 @@ checked before anything is assigned. Saving goes the other way, with the same ta
 that it does not name is an error.
 """
 
+import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import keras
@@ -197,12 +199,7 @@ def load_weights(
             f"{_some(reader.shapes)}, the model {_some(fresh)}."
         )
     for variable, name, part, transposed in plan:
-        values = reader.read(name)
-        if part is not None:
-            values = np.split(values, int(part[2]), axis=-1)[int(part[1])]
-        # The shape, as OpenAI's kernels are of shape (1, rows, columns).
-        values = values.T if transposed else values.reshape(variable.shape)
-        _assign(variable, values)
+        _assign(variable, functools.partial(_read, reader, name, part, transposed))
     loaded = {variable.path: name for variable, name, _, _ in plan}
     used = set(loaded.values())
     report = CheckpointReport(
@@ -289,11 +286,45 @@ def _shape(stored: tuple[int, ...], part: re.Match | None, transposed: bool) -> 
     return stored[::-1] if transposed else stored
 
 
-def _assign(variable: keras.Variable, values: np.ndarray) -> None:
+def _read(
+    reader: TensorFlowCheckpoint | HuggingFaceCheckpoint,
+    name: str,
+    part: re.Match | None,
+    transposed: bool,
+    shape: tuple[int, ...],
+) -> np.ndarray:
+    """The values of a weight of this shape."""
+    values = reader.read(name)
+    if part is not None:
+        values = np.split(values, int(part[2]), axis=-1)[int(part[1])]
+    values = values.T if transposed else values.reshape(shape)  # OpenAI's are (1, ...)
     # The copy detaches the weight from the mapped file, whose buffer JAX would keep otherwise;
     # half precisions go through float32, which every backend takes from NumPy.
-    dtype = np.promote_types(values.dtype, np.float32)
-    variable.assign(np.array(values, dtype, order="C"))
+    return np.array(values, np.promote_types(values.dtype, np.float32), order="C")
+
+
+def _assign(variable: keras.Variable, read: Callable[..., np.ndarray]) -> None:
+    # Private: the initializer of a variable that has no value yet; see `uninitialized`.
+    if getattr(variable, "_initializer", None) is None:
+        variable.assign(read(shape=tuple(variable.shape)))
+    else:
+        variable._initializer = lambda shape, dtype: keras.ops.convert_to_tensor(
+            read(shape=tuple(shape)), dtype
+        )
+
+
+@contextlib.contextmanager
+def uninitialized() -> Iterator[None]:
+    """Variables made inside get their values at the end: those of a checkpoint that was loaded
+    inside, or initial ones. Drawing a hundred million random numbers first would take most of
+    the time of loading.
+    """
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        with keras.StatelessScope():  # at its end Keras initializes all that have no value
+            pass
 
 
 def _some(names: Iterable[str]) -> str:

@@ -186,3 +186,32 @@ def test_directories_in_which_other_files_would_be_read_are_refused(name, tmp_pa
     with pytest.raises(ValueError, match=f"holds {name}, which would be read instead"):
         save_transformer_model(build_transformer_model(SIZES), tmp_path, SIZES)
     assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_what_a_checkpoint_lacks_has_its_initial_values(tmp_path):
+    """Nothing is drawn for weights that are loaded, and nothing is left without a value."""
+    save_transformer_model(build_transformer_model(SIZES), tmp_path, SIZES)
+    with pytest.warns(UserWarning, match="keep their initial values"):
+        model = build_transformer_model(tmp_path, tmp_path, **HEADS)
+    fresh = {w.path: ops.convert_to_numpy(w) for w in model.weights}
+    for path in model.checkpoint_report.fresh:
+        kind = path.rsplit("/")[-1]
+        assert (
+            fresh[path].std() > 0
+            if kind == "kernel"
+            else (fresh[path] == (kind == "gamma")).all()
+        )
+    assert fresh["pooler/kernel"].std() == pytest.approx(0.02, rel=0.5)
+    dropout = build_transformer_model(tmp_path, tmp_path, dropout=0.5)
+    ids = np.ones((2, 3), "int32")
+    one, two = (ops.convert_to_numpy(dropout([ids, ids], training=True)) for _ in range(2))
+    assert np.abs(one - two).max() > 0
+
+
+def test_a_failed_load_leaves_nothing_behind(tmp_path):
+    save_transformer_model(build_transformer_model(SIZES), tmp_path, SIZES)
+    with pytest.raises(ValueError, match="does not fit"):
+        build_transformer_model({**SIZES, "intermediate_size": 13}, tmp_path)
+    layer = keras.layers.Dense(3)
+    layer(np.ones((1, 2), "float32"))
+    assert ops.convert_to_numpy(layer.kernel).std() > 0

@@ -269,8 +269,8 @@ class BERT:
         return self.model(inputs, outputs, name)
 
     def model(self, inputs: list, outputs: list, name: str | None) -> keras.Model:
-        """The model of one output, or of a list."""
-        outputs = outputs if len(outputs) > 1 else outputs[0]
+        """The model of one input, or of a list, and so of outputs."""
+        inputs, outputs = (x if len(x) > 1 else x[0] for x in (inputs, outputs))
         return keras.Model(inputs, outputs, name=name or self.family)
 
     def trunk(self) -> tuple[list, layers.TokenEmbedding, Any]:

@@ -75,6 +75,9 @@ def build_transformer_model(
     then the outputs of the heads asked for, in the order of the arguments. GPTs have no
     segments and no padding, T5s no segments, but `decoder_token_ids` (see `T5`).
 
+    Under the policies mixed_bfloat16 and mixed_float16 the hidden states, of about unit size,
+    are within 0.1 and 0.02 of those in float32 (small random models of every kind).
+
     Args:
         config: a JSON file, a directory with `bert_config.json` or `config.json`, the id of a
             repository of huggingface.co (see `download_model`), or a dict.

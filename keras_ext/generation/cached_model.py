@@ -11,6 +11,7 @@ one and are called as they are. So whatever `build_transformer_model` and surger
 generate, if no token sees later ones that are yet to come.
 """
 
+import dataclasses
 from typing import Any
 
 import keras
@@ -72,14 +73,13 @@ class CachedModel:
             inputs = [memories[0], inputs[1]]
         self._blocks: list[keras.layers.Layer] = []
         self._steps: list[_Step] = []
+        self._call: _Call | None = None
         self.max_length, self.has_prefix = None, False
         self._decoder, _ = _rebuilt(inputs, whole.output, self._as_step)
         if not self._blocks:
             raise ValueError(f"{model.name} has no TransformerBlock to decode with.")
-        self._steps_of_blocks()[-1].is_last = True
-
-    def _steps_of_blocks(self) -> list["_Step"]:
-        return [step for step in self._steps if step.number is not None]
+        [last] = [step for step in self._steps if step.number == len(self._blocks) - 1]
+        last.is_last = True
 
     def _as_step(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
         """What a layer gives for the next tokens, None where it is called as it is."""
@@ -106,12 +106,13 @@ class CachedModel:
             )
         if "memory" in kwargs and not crosses:
             raise ValueError(f"{block.name} has a memory that is not of an encoder.")
-        if not isinstance(
+        keeps = isinstance(
             block.attention, (layers.MultiHeadAttention, layers.GatedAttentionUnit)
-        ):
+        )
+        if not keeps or getattr(block.attention, "window", None) is not None:
             raise ValueError(
                 f"The attention of {block.name}, a {type(block.attention).__name__}, keeps no "
-                "keys and values. Decode it by its own `step`."
+                "keys and values of all tokens. Decode it by its own `step`."
             )
 
     def initial_states(self, batch_size: int, size: int) -> list[Any]:
@@ -145,10 +146,7 @@ class CachedModel:
         Returns: logits (batch, vocab_size) in float32 at least, and the new states.
         """
         token_ids, valid = ops.convert_to_tensor(token_ids), ops.convert_to_tensor(valid)
-        self._valid, self._states, self._new = valid, states, [None] * len(states)
-        self._memories, self._memory_mask = memories, memory_mask
-        now = states[0]["length"]
-        self._places = now + ops.arange(ops.shape(token_ids)[1])
+        places = states[0]["length"] + ops.arange(ops.shape(token_ids)[1])
         known = {
             "token_ids": token_ids,
             "decoder_token_ids": token_ids,
@@ -160,40 +158,59 @@ class CachedModel:
         if self.has_memory:  # which the blocks have as keys and values
             batch, width = ops.shape(token_ids)[0], self._decoder.inputs[0].shape[-1]
             known[names[0]] = ops.zeros((batch, 1, width), self._decoder.inputs[0].dtype)
-        logits = self._decoder([known[name] for name in names], training=False)[:, -1]
-        return ops.cast(logits, keras.backend.result_type(logits.dtype, "float32")), self._new
+        self._call = _Call(valid, places, states, [None] * len(states), memories, memory_mask)
+        try:
+            logits = self._decoder([known[name] for name in names], training=False)[:, -1]
+            new_states = self._call.new_states
+        finally:
+            self._call = None  # it holds tensors, which may be of a program being compiled
+        wide = keras.backend.result_type(logits.dtype, "float32")
+        return ops.cast(logits, wide), new_states
 
     def run(self, step: "_Step", inputs: Any, **kwargs: Any) -> Any:
         """What the layer of a step gives for the inputs at the next places."""
-        layer, size = step.layer, ops.shape(self._valid)[1]
+        layer, call = step.layer, self._call
         if isinstance(layer, layers.T5Bias):
-            return ops.cast(layer.biases(self._places, ops.arange(size)), layer.compute_dtype)
+            biases = layer.biases(call.places, ops.arange(ops.shape(call.valid)[1]))
+            return ops.cast(biases, layer.compute_dtype)
         if isinstance(layer, layers.PositionEmbedding):
-            padding = ops.sum(ops.cast(ops.logical_not(self._valid), "int32"), 1, keepdims=True)
-            return layer(inputs, ops.maximum(self._places - padding, 0))
+            padding = ops.sum(ops.cast(ops.logical_not(call.valid), "int32"), 1, keepdims=True)
+            return layer(inputs, ops.maximum(call.places - padding, 0))
         pattern = {"attention_mask": self._seen(kwargs.pop("attention_mask", None))}
         if kwargs.get("attention_bias") is not None:
             pattern["attention_bias"] = kwargs["attention_bias"]
         if self.has_memory:
             pattern |= {
-                "memory": self._memories[step.number],
-                "memory_mask": self._memory_mask,
+                "memory": call.memories[step.number],
+                "memory_mask": call.memory_mask,
             }
-        outputs, state = layer.step(inputs, self._states[step.number], **pattern)
-        self._new[step.number] = state
+        outputs, state = layer.step(inputs, call.states[step.number], **pattern)
+        call.new_states[step.number] = state
         # What comes after the last block is for the last token alone.
         return outputs[:, -1:] if step.is_last else outputs
 
     def _seen(self, pattern: Any) -> Any:
         """The tokens before, and those of the pattern among the next: (batch, tokens, size)."""
-        seen = self._valid[:, None]
+        seen = self._call.valid[:, None]
         if pattern is None:
             return seen
         number, size = ops.shape(pattern)[1], ops.shape(seen)[2]
         everywhere = ops.broadcast_to(seen, (ops.shape(seen)[0], number, size))
-        start = (0, 0, self._places[0])
+        start = (0, 0, self._call.places[0])
         next_valid = ops.slice(everywhere, start, ops.shape(pattern))
         return ops.slice_update(everywhere, start, ops.logical_and(pattern, next_valid))
+
+
+@dataclasses.dataclass
+class _Call:
+    """What the layers of one step share."""
+
+    valid: Any
+    places: Any  # of the next tokens in the caches
+    states: list[Any]
+    new_states: list[Any]
+    memories: list[Any] | None
+    memory_mask: Any
 
 
 class _Step(keras.layers.Layer):

@@ -101,13 +101,10 @@ def test_steps_equal_the_whole(family, kind):
 
 def test_blocks_that_surgery_made():
     bert = small("bert", "lm")
-    changed = replace_attention(
-        select_blocks(select_tokens(bert, [0, *range(10, 0, -1)]), [0, 2]),
-        lambda old: MultiHeadAttention(2, 4, causal=True, position=RotaryPosition(), window=16),
-    )
     assert CachedModel(bert).max_length == 16
     model = replace_attention(
-        changed, lambda old: MultiHeadAttention(2, 4, causal=True, position=RotaryPosition())
+        select_blocks(select_tokens(bert, [0, *range(10, 0, -1)]), [0, 2]),
+        lambda old: MultiHeadAttention(2, 4, causal=True, position=RotaryPosition()),
     )
     found = stepwise(model, TEXT, prefix=2)
     np.testing.assert_allclose(found, expected(model, TEXT, prefix=2), atol=1e-5)
@@ -155,3 +152,10 @@ def test_models_that_cannot_generate_are_refused():
     )
     with pytest.raises(ValueError, match="attention of encoder_0, a LinearAttention, keeps no"):
         CachedModel(linear)
+    window = replace_attention(
+        small("bert", "lm"), lambda old: MultiHeadAttention(2, 4, causal=True, window=3)
+    )
+    with pytest.raises(
+        ValueError, match="a MultiHeadAttention, keeps no keys and values of all"
+    ):
+        CachedModel(window)

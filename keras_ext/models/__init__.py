@@ -26,6 +26,7 @@ from keras_ext.models.surgery import (
     replace_attention,
     select_blocks,
     select_tokens,
+    share_blocks,
 )
 from keras_ext.models.t5 import MT5, T5
 from keras_ext.models.tta import TTA
@@ -58,4 +59,5 @@ __all__ = [
     "save_transformer_model",
     "select_blocks",
     "select_tokens",
+    "share_blocks",
 ]

@@ -3,6 +3,7 @@
     replace_attention    another attention in the blocks
     select_tokens        another vocabulary: tokens of the old one, and means of them
     select_blocks        some of the blocks, such as the first, or every other
+    share_blocks         blocks that share their weights
     extend_positions     learnt positions for longer texts
     condition_norms      layer norms that depend on a further input
     rename_layers        other names, for two models side by side
@@ -169,6 +170,47 @@ def select_blocks(model: keras.Model, blocks: Iterable[int]) -> keras.Model:
 
     copies = [(block, made[block.name]) for block in found if block.name in made]
     return rebuild(model, call, copies)
+
+
+def share_blocks(model: keras.Model, num_groups: int = 1) -> keras.Model:
+    """The model with blocks that share their weights, as those of an ALBERT do.
+
+        block_i = block_g,    g = ⌊i G / N⌋    for N blocks and G groups
+
+    A group has the weights of its first block. The model is an ALBERT then:
+    `save_transformer_model(shared, directory, config, "albert")` writes it.
+
+    Args:
+        model: with blocks `encoder_0` ...
+        num_groups: G, from 1 to N. Default: 1, all blocks are the same one.
+
+    Returns:
+        A `keras.Model` with inputs and outputs of `model`, not compiled.
+
+    Raises:
+        ValueError: there are fewer blocks than groups, or no group.
+
+    Example:
+        >>> shared = share_blocks(bert, num_groups=2)
+
+    Reference: Lan et al. 2019, arXiv 1909.11942.
+    """
+    found = blocks_of(model)
+    if not 1 <= num_groups <= len(found):
+        raise ValueError(
+            f"num_groups must be from 1 to {len(found)}, the number of blocks, got "
+            f"{num_groups}."
+        )
+    group_of = {block.name: i * num_groups // len(found) for i, block in enumerate(found)}
+    firsts = {group_of[block.name]: block for block in reversed(found)}
+    made = {g: copy_layer(block, name=f"encoder_{g}") for g, block in firsts.items()}
+
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if layer.name not in group_of:
+            return None
+        return made[group_of[layer.name]](*args, **kwargs)
+
+    return rebuild(model, call, [(firsts[g], made[g]) for g in made])
 
 
 def extend_positions(model: keras.Model, max_length: int, alpha: float = 0.4) -> keras.Model:

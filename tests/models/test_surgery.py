@@ -15,6 +15,7 @@ from keras_ext.models.surgery import (
     replace_attention,
     select_blocks,
     select_tokens,
+    share_blocks,
 )
 
 IDS = np.array([[1, 2, 3, 4], [5, 6, 0, 0]], "int32")
@@ -163,6 +164,31 @@ def test_bad_blocks_to_keep(model, blocks):
 
 
 # ------------------------------------------------------------------ positions, names
+
+
+@pytest.mark.parametrize(("groups", "firsts"), [(1, [0, 0, 0]), (2, [0, 0, 2]), (3, [0, 1, 2])])
+def test_shared_blocks(groups, firsts, tmp_path):
+    config = {**SIZES, "num_hidden_layers": 3, "num_hidden_groups": groups}
+    config["embedding_size"] = SIZES["hidden_size"]
+    model = build_transformer_model(config, model="bert")
+    shared = share_blocks(model, groups)
+    names = [layer.name for layer in shared.layers if layer.name.startswith("encoder_")]
+    assert names == [f"encoder_{g}" for g in range(groups)]
+    blocks = [model.get_layer(f"encoder_{i}") for i in range(3)]
+    for block, first in zip(blocks, firsts, strict=True):
+        block.set_weights(blocks[first].get_weights())
+    np.testing.assert_allclose(outputs(shared), outputs(model), atol=1e-6)
+    save_transformer_model(shared, tmp_path, config, "albert")
+    again = build_transformer_model(tmp_path, tmp_path)
+    np.testing.assert_allclose(outputs(again), outputs(model), atol=1e-6)
+
+
+def test_groups_that_cannot_share(model):
+    for groups in (0, 3):
+        with pytest.raises(
+            ValueError, match=f"num_groups must be from 1 to 2, .* got {groups}"
+        ):
+            share_blocks(model, groups)
 
 
 def test_extended_positions(model):

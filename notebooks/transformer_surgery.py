@@ -128,7 +128,8 @@ assert np.array_equal(again([new_ids, segment_ids])[0], small([new_ids, segment_
 # ## 3. 层 Fewer blocks
 #
 # The first three of six blocks, or every other. The former compute what the whole model has
-# after its third.
+# after its third. `share_blocks` gives all blocks of a group the weights of its first, as an
+# ALBERT has them.
 
 # %%
 first_half, every_other = (select_blocks(bert, blocks) for blocks in (range(3), range(0, 6, 2)))
@@ -137,6 +138,8 @@ inputs = [token_ids, segment_ids]
 assert np.allclose(first_half(inputs)[0], third(inputs), atol=1e-5)
 assert not np.allclose(every_other(inputs)[0], third(inputs), atol=0.1)
 print([layer.name for layer in every_other.layers if layer.name.startswith("encoder")])
+shared = share_blocks(bert, num_groups=2)
+print(f"{bert.count_params():,} weights, shared {shared.count_params():,}")
 
 # %% [markdown]
 # ## 4. 位置 Longer texts

@@ -67,7 +67,8 @@ def random_model(family, seed=0, sizes=SIZES, **options):
 def run(model, tokens=TOKENS, segments=SEGMENTS, targets=TARGETS):
     """The outputs of a model for those of the inputs that it has."""
     known = {"token_ids": tokens, "segment_ids": segments, "decoder_token_ids": targets}
-    outputs = model([known[x.name] for x in model.inputs])
+    inputs = [known[x.name] for x in model.inputs]
+    outputs = model(inputs if len(inputs) > 1 else inputs[0])
     return keras.tree.map_structure(ops.convert_to_numpy, outputs)
 
 

@@ -77,20 +77,21 @@ def _names(block: str, sub: str, kernel: str, projection: str, scale: str) -> di
     return names
 
 
+def _position_names(name: str) -> dict[str, str]:
+    """The biases of both sides, which stand in their first blocks."""
+    sides = ("encoder", "decoder")
+    return {f"{side}_position/embeddings": name.format(side=side) for side in sides}
+
+
 TENSORFLOW = NameTable(
     weights={
         "token_embedding/embeddings": "shared/embedding",
-        **{
-            f"{side}_position/embeddings": f"{side}/block_000/layer_000/SelfAttention/"
-            "relative_attention_bias.T"
-            for side in ("encoder", "decoder")
-        },
+        **_position_names("{side}/block_000/layer_000/SelfAttention/relative_attention_bias.T"),
         **_names("block_{i:03d}/", "layer_00", "/kernel", "", "scale"),
         "lm_head/kernel": "decoder/logits/kernel",
     },
     ignored={r"_slot_v[rc]?$": "optimizer slot", r"^global_step$": "step counter"},
-    # mT5's.
-    renamed={
+    renamed={  # mT5's
         r"^(encoder|decoder)/rms_norm/": r"\1/final_layer_norm/",
         "rms_norm": "layer_norm",
     },
@@ -99,11 +100,9 @@ TENSORFLOW = NameTable(
 HUGGINGFACE = NameTable(
     weights={
         "token_embedding/embeddings": "shared.weight",
-        **{
-            f"{side}_position/embeddings": f"{side}.block.0.layer.0.SelfAttention."
-            "relative_attention_bias.weight"
-            for side in ("encoder", "decoder")
-        },
+        **_position_names(
+            "{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        ),
         **_names("block.{i}.", "layer.", ".weight.T", ".weight.T", "weight"),
         "lm_head/kernel": "lm_head.weight.T",
     },

@@ -69,7 +69,7 @@ def ours(directory: str) -> None:
     def load() -> None:
         model = build_transformer_model(directory, directory, with_pool=True)
         for weight in model.weights:
-            keras.ops.convert_to_numpy(weight).sum()
+            keras.ops.sum(weight)
 
     measured(load)
 

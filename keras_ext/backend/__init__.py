@@ -19,6 +19,7 @@ stands here once per backend, under one name:
 | `product_flops(fn, specs)` | of `fn` on inputs of these (shape, dtype) |
 | `recompute(fn, tensors, variables)` | `fn(*tensors)`, computed again for the gradient |
 | `compile(fn, variables, jit_compile)` | a program of `fn`, which reads the variables |
+| `adopt(array)` | a tensor of an array that will not change: its memory, if aligned to 64 |
 | `has_value(variable)` | False where a failed JAX training step left a variable empty |
 
 `value_and_grad(fn, has_aux=False)(x, *args)` returns `(value, gradient)`: `fn(x, *args)` gives
@@ -56,6 +57,7 @@ else:
     )
 
 add_to = _backend.add_to
+adopt = _backend.adopt
 compile = _backend.compile
 cond = _backend.cond
 values = _backend.values
@@ -73,6 +75,7 @@ value_and_grad = _backend.value_and_grad
 
 __all__ = [
     "add_to",
+    "adopt",
     "apply_gradients",
     "compile",
     "cond",

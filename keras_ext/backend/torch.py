@@ -111,3 +111,8 @@ def product_flops(fn, specs):
 def compile(fn, variables, jit_compile=True):
     """See `keras_ext.backend`. It runs eagerly, without gradients."""
     return torch.no_grad()(fn)
+
+
+def adopt(array):
+    """See `keras_ext.backend`."""
+    return torch.from_numpy(array)

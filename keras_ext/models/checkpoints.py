@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import os
 import re
 import warnings
@@ -28,6 +29,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from keras_ext import backend
 from keras_ext.models.huggingface_checkpoint import (
     FILE,
     INDEX,
@@ -298,9 +300,19 @@ def _read(
     if part is not None:
         values = np.split(values, int(part[2]), axis=-1)[int(part[1])]
     values = values.T if transposed else values.reshape(shape)  # OpenAI's are (1, ...)
-    # The copy detaches the weight from the mapped file, whose buffer JAX would keep otherwise;
-    # half precisions go through float32, which every backend takes from NumPy.
-    return np.array(values, np.promote_types(values.dtype, np.float32), order="C")
+    # The copy detaches the weight from the mapped file; half precisions go through float32,
+    # which every backend takes from NumPy.
+    copy = _aligned(values.shape, np.promote_types(values.dtype, np.float32))
+    copy[...] = values
+    return copy
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype, alignment: int = 64) -> np.ndarray:
+    """An empty array whose memory JAX can take over; it copies that of any other."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + alignment, np.uint8)
+    start = -buffer.ctypes.data % alignment
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _assign(variable: keras.Variable, read: Callable[..., np.ndarray]) -> None:
@@ -309,7 +321,7 @@ def _assign(variable: keras.Variable, read: Callable[..., np.ndarray]) -> None:
         variable.assign(read(shape=tuple(variable.shape)))
     else:
         variable._initializer = lambda shape, dtype: keras.ops.convert_to_tensor(
-            read(shape=tuple(shape)), dtype
+            backend.adopt(read(shape=tuple(shape))), dtype
         )
 
 

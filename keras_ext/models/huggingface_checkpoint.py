@@ -1,5 +1,9 @@
 """Hugging Face checkpoints: one `model.safetensors` is written, that or shards are read.
 
+A file is 8 bytes, the size of the header; the header, JSON of name -> dtype, shape and place;
+the values, little-endian. safetensors checks all of that. The values are mapped here, a tensor
+at a time: safetensors copies them, and keeps what it mapped until it closes the file.
+
 Source: huggingface.co/docs/safetensors. Pickled checkpoints are never read: unpickling runs
 whatever code the file holds.
 """
@@ -8,12 +12,38 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-import ml_dtypes  # noqa: F401  (teaches NumPy, and so safetensors, the dtype bfloat16)
+import ml_dtypes
 import numpy as np
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+class Entry(NamedTuple):
+    """Where the values of a tensor lie."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
 
 
 class HuggingFaceCheckpoint:
@@ -28,6 +58,7 @@ class HuggingFaceCheckpoint:
     Raises:
         ImportError: `safetensors` is not installed.
         FileNotFoundError: a file is absent.
+        ValueError: a file is damaged or truncated.
 
     Example:
         >>> checkpoint = HuggingFaceCheckpoint("bert-base-chinese")
@@ -39,18 +70,21 @@ class HuggingFaceCheckpoint:
     format = "huggingface"
 
     def __init__(self, directory: str | os.PathLike) -> None:
-        safetensors = _import_safetensors()
-        self._files = {}
-        self.shapes = {}
-        for path in _shards(Path(directory)):
-            file = safetensors.safe_open(path, framework="numpy")
-            for name in file.keys():  # noqa: SIM118  (no dict: it cannot be iterated)
-                self._files[name] = file
-                self.shapes[name] = tuple(file.get_slice(name).get_shape())
+        self._entries = {
+            name: entry
+            for path in _shards(Path(directory))
+            for name, entry in _read_header(path).items()
+        }
+        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """The values of one tensor."""
-        return self._files[name].get_tensor(name)
+        """The values of one tensor, as a read-only view of the file."""
+        entry = self._entries[name]
+        if entry.dtype not in DTYPES:
+            raise ValueError(
+                f"{name} of {entry.path} is of dtype {entry.dtype}, not one of ours."
+            )
+        return np.memmap(entry.path, DTYPES[entry.dtype], "r", entry.offset, entry.shape)
 
 
 def write_huggingface_checkpoint(
@@ -93,6 +127,25 @@ def _import_safetensors():
             "Hugging Face checkpoints need safetensors: pip install 'keras-ext[nlp]'"
         ) from error
     return safetensors
+
+
+def _read_header(path: Path) -> dict[str, Entry]:
+    safetensors = _import_safetensors()
+    try:
+        with safetensors.safe_open(path, framework="numpy"):
+            pass
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged or truncated ({error}). Copy it again.") from error
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        start = file.tell()
+    header.pop("__metadata__", None)
+    return {
+        name: Entry(
+            path, tensor["dtype"], tuple(tensor["shape"]), start + tensor["data_offsets"][0]
+        )
+        for name, tensor in header.items()
+    }
 
 
 def _shards(directory: Path) -> list[Path]:

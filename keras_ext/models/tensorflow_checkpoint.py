@@ -10,7 +10,8 @@ A checkpoint `prefix` is a tensor bundle of two kinds of files:
     entry = sizes of the shared start of the key, its rest, and the value; the rest; the value
 
 The index is checked by its CRCs, the data by size only: a CRC over 400 MB is slow in Python.
-Values are memory-mapped: a checkpoint costs memory only for what is read.
+Values are memory-mapped, one variable at a time: what was read of a mapped file stays in memory
+until it is closed.
 
 Source: tensorflow/core/protobuf/tensor_bundle.proto; github.com/google/leveldb table_format.md.
 """
@@ -97,7 +98,7 @@ class TensorFlowCheckpoint:
                     "Save it again without a partitioner."
                 )
         self._entries = {name.decode(): entry for name, entry in entries.items()}
-        self._shards = [self._open_shard(i, header[1]) for i in range(header[1])]
+        self._shards = [self._find_shard(i, header[1]) for i in range(header[1])]
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
     def read(self, name: str) -> np.ndarray:
@@ -105,11 +106,13 @@ class TensorFlowCheckpoint:
         entry = self._entries[name]
         if entry.dtype not in DTYPES:
             raise ValueError(f"{name} of {self.prefix} has no numeric dtype ({entry.dtype}).")
-        dtype = np.dtype(DTYPES[entry.dtype])
-        values = self._shards[entry.shard][entry.offset : entry.offset + entry.size]
+        shard, dtype = self._shards[entry.shard], DTYPES[entry.dtype]
+        if not entry.size:  # NumPy cannot map an empty file
+            return np.empty(entry.shape, dtype)
+        values = np.memmap(shard, np.uint8, "r", entry.offset, (entry.size,))
         return values.view(dtype).reshape(entry.shape)
 
-    def _open_shard(self, shard: int, count: int) -> np.ndarray:
+    def _find_shard(self, shard: int, count: int) -> Path:
         path = Path(f"{self.prefix}.data-{shard:05}-of-{count:05}")
         if not path.is_file():
             raise FileNotFoundError(f"{path} is absent, but {self._index} refers to it.")
@@ -117,8 +120,7 @@ class TensorFlowCheckpoint:
         size, needed = path.stat().st_size, max(ends, default=0)
         if size < needed:
             raise ValueError(f"{path} is truncated: {size} bytes of {needed}. Copy it again.")
-        # NumPy cannot map an empty file.
-        return np.memmap(path, np.uint8, mode="r") if size else np.empty(0, np.uint8)
+        return path
 
     def _read_table(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
         """The (key, value) pairs of a LevelDB table."""

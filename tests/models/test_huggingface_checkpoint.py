@@ -16,6 +16,8 @@ TENSORS = {
     "b": np.array([1, 2.5, -3], ml_dtypes.bfloat16),
     "c": np.array([[0.5]], "float16"),
     "d": np.array(7),
+    "e": np.zeros((2, 0), "float32"),
+    "f": np.array([True, False]),
 }
 
 
@@ -35,7 +37,7 @@ def test_one_file(tmp_path):
 @pytest.fixture
 def sharded(tmp_path):
     weight_map = {}
-    for i, names in enumerate(["ab", "cd"]):
+    for i, names in enumerate(["abe", "cdf"]):
         file = f"model-{i + 1:05}-of-00002.safetensors"
         safetensors.save_file({name: TENSORS[name] for name in names}, tmp_path / file)
         weight_map |= dict.fromkeys(names, file)
@@ -53,6 +55,24 @@ def test_an_absent_shard(sharded):
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=f"{shard} is absent"):
         HuggingFaceCheckpoint(sharded)
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 40, -1])
+def test_a_truncated_file(sharded, length):
+    shard = sharded / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:length])
+    with pytest.raises(ValueError, match=f"{shard} is damaged or truncated .*Copy it again"):
+        HuggingFaceCheckpoint(sharded)
+
+
+def test_a_dtype_that_numpy_does_not_have(tmp_path):
+    header = json.dumps(
+        {"a": {"dtype": "F8_E5M2", "shape": [1], "data_offsets": [0, 1]}}
+    ).encode()
+    size = len(header).to_bytes(8, "little")
+    (tmp_path / "model.safetensors").write_bytes(size + header + b"\0")
+    with pytest.raises(ValueError, match=r"a of .*model.safetensors is of dtype F8_E5M2"):
+        HuggingFaceCheckpoint(tmp_path).read("a")
 
 
 def test_without_safetensors_the_error_says_how_to_install_it(tmp_path, monkeypatch):

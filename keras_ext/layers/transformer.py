@@ -15,6 +15,7 @@ from typing import Any
 import keras
 
 from keras_ext import backend
+from keras_ext.layers.rows import by_rows
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
@@ -101,10 +102,10 @@ class FeedForward(keras.layers.Layer):
         self.output_dense.build((*inputs_shape[:-1], self.units))
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
-        x = self.intermediate_dense(inputs)
+        x = by_rows(self.intermediate_dense, inputs)
         if self.gated:
-            x = x * self.linear_dense(inputs)
-        return self.output_dense(self.dropout_layer(x, training=training))
+            x = x * by_rows(self.linear_dense, inputs)
+        return by_rows(self.output_dense, self.dropout_layer(x, training=training))
 
     def compute_output_shape(self, inputs_shape: tuple) -> tuple:
         return inputs_shape

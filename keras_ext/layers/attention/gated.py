@@ -24,6 +24,7 @@ from keras_ext.layers.attention.multi_head import (
     log_scaled,
 )
 from keras_ext.layers.attention.positions import Position
+from keras_ext.layers.rows import by_rows
 from keras_ext.layers.transformer import named_norm, norm_config, serialize_unbuilt
 
 LOG_LENGTH, LEAST = 512, 16  # of the log-n scaling; below 16 tokens it does harm
@@ -142,13 +143,14 @@ class GatedAttentionUnit(keras.layers.Layer):
             if training and self.dropout
             else None,
         )
-        return self.output_dense(u * ops.squeeze(attended, 2))
+        return by_rows(self.output_dense, u * ops.squeeze(attended, 2))
 
     def _project(
         self, inputs: Any, position: Position, positions: Any
     ) -> tuple[Any, Any, Any, Any]:
         """Gates, and encoded queries, keys and values of one head."""
-        u, v, z = ops.split(self.input_dense(inputs), [self.units, 2 * self.units], axis=-1)
+        rows = by_rows(self.input_dense, inputs)
+        u, v, z = ops.split(rows, [self.units, 2 * self.units], axis=-1)
         query, key, value = (ops.expand_dims(x, 2) for x in (z, z, v))
         query = position.encode(query * ops.cast(self.query_gamma, z.dtype), positions)
         key = position.encode(key * ops.cast(self.key_gamma, z.dtype), positions)
@@ -185,7 +187,7 @@ class GatedAttentionUnit(keras.layers.Layer):
             position=position,
             positions=(at, of),
         )
-        return self.output_dense(u * ops.squeeze(attended, 2)), state
+        return by_rows(self.output_dense, u * ops.squeeze(attended, 2)), state
 
     def compute_output_shape(self, inputs_shape: tuple) -> tuple:
         return inputs_shape

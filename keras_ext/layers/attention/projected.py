@@ -14,6 +14,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ext.layers.rows import by_rows
+
 
 class ProjectedAttention(keras.layers.Layer):
     """Base class: an attention between learned projections.
@@ -120,8 +122,8 @@ class ProjectedAttention(keras.layers.Layer):
     def remember(self, memory: Any) -> tuple[Any, Any]:
         """Keys and values of a memory (batch, sources, width), for `recall`."""
         return (
-            self._split(self.key_dense(memory), self.num_kv_heads, self.key_dim),
-            self._split(self.value_dense(memory), self.num_kv_heads, self.value_dim),
+            self._split(by_rows(self.key_dense, memory), self.num_kv_heads, self.key_dim),
+            self._split(by_rows(self.value_dense, memory), self.num_kv_heads, self.value_dim),
         )
 
     def recall(self, query: Any, memory: tuple[Any, Any], mask: Any = None) -> Any:
@@ -144,12 +146,12 @@ class ProjectedAttention(keras.layers.Layer):
     def _project(self, query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
         return (
             self._queries(query),
-            self._split(self.key_dense(key), self.num_kv_heads, self.key_dim),
-            self._split(self.value_dense(value), self.num_kv_heads, self.value_dim),
+            self._split(by_rows(self.key_dense, key), self.num_kv_heads, self.key_dim),
+            self._split(by_rows(self.value_dense, value), self.num_kv_heads, self.value_dim),
         )
 
     def _queries(self, query: Any) -> Any:
-        return self._split(self.query_dense(query), self.num_heads, self.key_dim)
+        return self._split(by_rows(self.query_dense, query), self.num_heads, self.key_dim)
 
     @staticmethod
     def _split(x: Any, heads: int, size: int) -> Any:
@@ -157,7 +159,7 @@ class ProjectedAttention(keras.layers.Layer):
 
     def _merge(self, heads: Any) -> Any:
         width = self.num_heads * self.value_dim
-        return self.output_dense(ops.reshape(heads, (*ops.shape(heads)[:2], width)))
+        return by_rows(self.output_dense, ops.reshape(heads, (*ops.shape(heads)[:2], width)))
 
     def for_all_heads(self, x: Any) -> Any:
         """Keys or values, each as often as heads of queries share it."""

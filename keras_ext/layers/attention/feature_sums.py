@@ -23,6 +23,9 @@ from keras import ops
 
 from keras_ext.layers.attention.projected import ProjectedAttention
 
+# What is divided by. In float32 that leaves the gradients a factor of 1e11 until they overflow.
+SMALLEST = 1e-27
+
 
 def linear_attention(
     query: Any,
@@ -46,7 +49,8 @@ def linear_attention(
             means; not causal. Default: False.
 
     Returns:
-        (batch, targets, heads, value_dim) in the dtype of `value`; zeros where all weights are.
+        (batch, targets, heads, value_dim) in the dtype of `value`; zeros where the weights sum
+        to less than 1e-27.
 
     Raises:
         ValueError: `causal`, and there are not as many targets as sources, or
@@ -88,8 +92,12 @@ def _heads_first(x: Any) -> Any:
 
 
 def _quotient(sums: Any, totals: Any) -> Any:
-    nothing = ops.equal(totals, 0)
-    return ops.where(nothing, 0.0, sums / ops.where(nothing, 1.0, totals))
+    """Zero where the totals are too small to divide by."""
+    nothing = ops.abs(totals) < SMALLEST
+    totals = ops.where(nothing, 1.0, totals)
+    # The derivative of a quotient divides by a square, which may underflow: that of 1 does not.
+    scale = ops.stop_gradient(totals)
+    return ops.where(nothing, 0.0, (sums / scale) / (totals / scale))
 
 
 def _causal_sums(query: Any, key: Any, value: Any, chunk_size: int) -> tuple[Any, Any]:

@@ -487,7 +487,7 @@ def test_decoding_the_whole_stack_equals_the_forward_pass():
 
     step = compiled(step)
     for i in range(12):
-        output, states = step(x[:, i : i + 1], states)
+        output, states = step(ops.convert_to_tensor(x[:, i : i + 1]), states)
         np.testing.assert_allclose(ops.convert_to_numpy(output)[:, 0], whole[:, i], atol=2e-5)
 
 

@@ -28,7 +28,6 @@ Ratios to PyTorch are fair there only with a preloaded library (LD_PRELOAD) that
 `int mkl_serv_intel_cpu_true(void) { return 1; }`.
 """
 
-import argparse
 import importlib
 import re
 import subprocess
@@ -40,7 +39,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from measure import cpu_ms, pin_to_one_core, report, take_turns
+from measure import cpu_ms, options, pin_to_one_core, report, take_turns
 
 LAYERS, HIDDEN, HEADS, FEED_FORWARD, VOCABULARY = 4, 256, 4, 1024, 21128
 BATCH, LENGTH, CLASSES, DROPOUT = 16, 128, 15, 0.1
@@ -62,12 +61,9 @@ ATTENTIONS = ("eager", "sdpa")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument("--keras-hub", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--transformers", default=sys.executable, metavar="PYTHON")
-    parser.add_argument("--turns", type=int, default=3, help="how often each case runs")
     arguments = parser.parse_args()
     hub, transformers = arguments.keras_hub, arguments.transformers
 

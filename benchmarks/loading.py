@@ -9,7 +9,6 @@ seconds of that on one core, the peak of the memory above what the imports took,
 of ours to the peer's.
 """
 
-import argparse
 import resource
 import subprocess
 import sys
@@ -19,15 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from measure import pin_to_one_core, report, take_turns
+from measure import options, pin_to_one_core, report, take_turns
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument("--transformers", default=sys.executable, metavar="PYTHON")
-    parser.add_argument("--turns", type=int, default=3, help="how often each case runs")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         write = [arguments.transformers, __file__, "write", directory]

@@ -5,12 +5,22 @@ time by a factor. Cases take turns (A B A B ...), so that a drift of the machine
 them, and the medians of one run are compared.
 """
 
+import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    """The command line of a benchmark whose cases take turns."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--turns", type=int, default=3, help="how often each case runs")
+    return parser
 
 
 def pin_to_one_core():

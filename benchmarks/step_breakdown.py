@@ -12,7 +12,6 @@ and where the Dense layers multiply tensors (batch, length, width) and not matri
 (batch · length, width).
 """
 
-import argparse
 import collections
 import os
 import re
@@ -24,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bert_step import keras_case, processor
-from measure import cpu_ms, pin_to_one_core, report, take_turns
+from measure import cpu_ms, options, pin_to_one_core, report, take_turns
 
 CASES = {
     "TF graph": ("tensorflow", ""),
@@ -48,11 +47,7 @@ KINDS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--turns", type=int, default=3, help="how often each case runs")
-    turns = parser.parse_args().turns
+    turns = options(__doc__).parse_args().turns
     cases = {
         name: (None, backend, [name, variant]) for name, (backend, variant) in CASES.items()
     }

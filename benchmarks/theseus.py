@@ -20,7 +20,6 @@ each allocation, which is most of what p = 0.5 costs beyond the mean there. With
 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=10000000000 MALLOC_TOP_PAD_=268435456.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from measure import pin_to_one_core, report, take_turns
+from measure import options, pin_to_one_core, report, take_turns
 
 BLOCKS, HIDDEN, HEADS, FEED_FORWARD, VOCABULARY = 8, 256, 4, 1024, 1000
 BATCH, LENGTH, CLASSES, STEPS, WARMUP = 16, 64, 15, 40, 3
@@ -39,11 +38,7 @@ MODELS = ("small", "predecessors", "1", "0.5")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--turns", type=int, default=3, help="how often each case runs")
-    turns = parser.parse_args().turns
+    turns = options(__doc__).parse_args().turns
     cases = {
         (mode, model): (None, backend, ["case", model, jit])
         for mode, (backend, jit) in MODES.items()

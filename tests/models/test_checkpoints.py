@@ -10,8 +10,9 @@ from bundle import write_bundle
 from keras import ops
 from small_bert import HEADS, SIZES
 
+from keras_ext import backend
 from keras_ext.models import BERT, load_checkpoint
-from keras_ext.models.checkpoints import open_checkpoint
+from keras_ext.models.checkpoints import _aligned, open_checkpoint
 
 
 def build(**options):
@@ -199,6 +200,17 @@ def test_weights_do_not_depend_on_the_file_afterwards(tmp_path):
 
 
 # ------------------------------------------------------------------ finding the checkpoint
+
+
+def test_an_aligned_array_is_not_copied():
+    """A model loaded on a CPU takes the memory of its weights, not twice that."""
+    for shape in ((3, 5), ()):
+        array = _aligned(shape, np.dtype("float32"))
+        array[...] = 1
+        with keras.device("cpu"):
+            tensor = backend.adopt(array)
+        array[...] = 2
+        np.testing.assert_array_equal(ops.convert_to_numpy(tensor), array)
 
 
 def test_directories(tmp_path):

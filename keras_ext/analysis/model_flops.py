@@ -35,10 +35,12 @@ def model_flops(model: keras.Model, batch_size: int, length: int | None = None) 
     """
 
     def size_of(tensor: keras.KerasTensor) -> tuple[int, ...]:
-        shape = (batch_size, *(length if n is None else n for n in tensor.shape[1:]))
-        if None in shape:
+        sizes = tensor.shape[1:]
+        if length is not None:
+            sizes = tuple(length if n is None else n for n in sizes)
+        if None in sizes:
             raise ValueError(f"length must be given: {tensor.name} has shape {tensor.shape}.")
-        return shape
+        return (batch_size, *sizes)
 
     specs = [(size_of(tensor), tensor.dtype) for tensor in model.inputs]
 

@@ -5,7 +5,7 @@ stands here once per backend, under one name:
 
 | function | purpose |
 |---|---|
-| `run_if(predicate, fn, variables)` | a conditional that assigns |
+| `run_if(predicate, fn, otherwise=None)` | a conditional that assigns |
 | `cond(predicate, true_fn, false_fn, inputs, variables, ...)` | one of two functions |
 | `add_to(variables, tensors, scale)` | `variable += scale * tensor`, also sparse |
 | `values(gradient)` | the tensor of values that a dense or sparse gradient stores |
@@ -39,22 +39,28 @@ the gradient. JAX and PyTorch ignore it.
 None. What `fn` computes is not kept for the gradient, but computed again on the same draws.
 `variables` are those that it may assign.
 
+`run_if(predicate, fn, otherwise=None)` calls `fn()` if `predicate` holds, else `otherwise()`.
+What they assign need not be listed. On TensorFlow it returns a tensor that exists when it is
+done.
+
+`apply_gradients(optimizer, grads, variables, after=(), whole=())` is one update. On TensorFlow
+it waits for the tensors in `after`: what was read of variables that hold another value
+afterwards. In a strategy the gradients are sums over the replicas already, but those marked in
+`whole` (one boolean per variable) belong to each replica.
+
 Only the backend that Keras itself runs on is imported.
 """
 
+import importlib
+
 import keras
 
-if keras.backend.backend() == "tensorflow":
-    from keras_ext.backend import tensorflow as _backend
-elif keras.backend.backend() == "jax":
-    from keras_ext.backend import jax as _backend
-elif keras.backend.backend() == "torch":
-    from keras_ext.backend import torch as _backend
-else:
+if keras.backend.backend() not in ("tensorflow", "jax", "torch"):
     raise ImportError(
         f"keras_ext runs on the tensorflow, jax and torch backends of Keras, got "
         f"{keras.backend.backend()!r}. Set KERAS_BACKEND to one of them before importing keras."
     )
+_backend = importlib.import_module(f"keras_ext.backend.{keras.backend.backend()}")
 
 add_to = _backend.add_to
 adopt = _backend.adopt

@@ -8,28 +8,37 @@ from jax import extend
 from jax import numpy as jnp
 
 
-def run_if(predicate, fn, variables):
-    """Run `fn()`, whose assignments go to `variables` only, if `predicate`.
+def run_if(predicate, fn, otherwise=None):
+    """See `keras_ext.backend`.
 
-    Under tracing it runs in a scope that records what it assigns; the recorded values
-    leave `jax.lax.cond` as outputs and are assigned outside. Every variable that `fn`
-    reads or writes has to be listed: an unlisted one would be read from its stale eager
-    value.
+    Under tracing both functions run in a scope that records what they assign; the recorded
+    values leave `jax.lax.cond` as outputs and are assigned outside.
     """
     if not isinstance(predicate, jax.core.Tracer):
         if predicate:
             fn()
+        elif otherwise is not None:
+            otherwise()
         return
+    assigned = {}
 
-    def recorded(values):
-        scope = keras.StatelessScope(list(zip(variables, values, strict=True)))
-        with scope:
-            fn()
-        return [scope.get_current_value(v) for v in variables]
+    def recorded(branch):
+        def run():
+            scope = _RecordingScope()
+            with scope:
+                branch()
+                assigned.update(scope.assigned)
+                return [v.value for v in assigned.values()]
 
-    before = [v.value for v in variables]
-    after = jax.lax.cond(predicate, recorded, lambda values: values, before)
-    for variable, value in zip(variables, after, strict=True):
+        return run
+
+    if otherwise is None:  # traced second, when it is known what `fn` assigns
+        unless = recorded(lambda: None)
+    else:
+        unless = recorded(otherwise)
+        jax.eval_shape(unless)  # so that `fn` is known to leave what this one assigns
+    values = jax.lax.cond(predicate, recorded(fn), unless)
+    for variable, value in zip(assigned.values(), values, strict=True):
         variable.assign(value)
 
 
@@ -55,8 +64,11 @@ def copies(variables):
     return [v.value for v in variables]  # arrays do not change
 
 
-def apply_gradients(optimizer, grads, variables, after=(), everywhere=()):
-    """Update through `stateless_apply`: `LossScaleOptimizer.apply` leaks tracers on JAX."""
+def apply_gradients(optimizer, grads, variables, after=(), whole=()):
+    """See `keras_ext.backend`. `LossScaleOptimizer.apply` leaks tracers on JAX."""
+    if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer.apply(grads, variables)
+        return
     new_variables, new_state = optimizer.stateless_apply(
         [v.value for v in optimizer.variables], grads, [v.value for v in variables]
     )

@@ -6,13 +6,14 @@ import keras
 import tensorflow as tf
 
 
-def run_if(predicate, fn, variables):
-    """Run `fn()` if `predicate`; `variables` is what JAX needs to know.
-
-    Returns: a tensor that exists when it is done, for `apply_gradients(after=)`.
-    """
+def run_if(predicate, fn, otherwise=None):
+    """See `keras_ext.backend`."""
     predicate = tf.convert_to_tensor(predicate)
+    done = _run_if(predicate, fn)
+    return done if otherwise is None else _run_if(tf.logical_not(predicate), otherwise)
 
+
+def _run_if(predicate, fn):
     def run():
         fn()
         return tf.constant(False)
@@ -60,17 +61,16 @@ def copies(variables):
     return [tf.identity(v.value) for v in variables]
 
 
-def apply_gradients(optimizer, grads, variables, after=(), everywhere=()):
-    """One update. Outside the replicas of a strategy, enter them for it.
+def apply_gradients(optimizer, grads, variables, after=(), whole=()):
+    """See `keras_ext.backend`. Outside the replicas of a strategy, enter them for it.
 
     Rows of repeated tokens are summed before: the optimizers of Keras would square and clip
     them one by one. Keras sums the gradients over the replicas after it clipped them in each.
     Here they are summed already, so the first replica brings the sum and the others zeros:
     both the clipping and the sum come out exactly as on a single device.
 
-    `after`: what was read of the variables before. It has to be said: in a graph under load,
-    some copies of a weight held the value after the update (TensorFlow 2.21).
-    `everywhere`: names of variables whose gradients all replicas bring.
+    What was read `after` has to be said: in a graph under load, some copies of a weight held
+    the value after the update (TensorFlow 2.21).
     """
     grads = [None if g is None else densify(g) for g in grads]
     after = [tensor for tensor in after if tensor is not None]
@@ -83,9 +83,8 @@ def apply_gradients(optimizer, grads, variables, after=(), everywhere=()):
     def in_replica(*grads):
         first = tf.distribute.get_replica_context().replica_id_in_sync_group == 0
         with tf.control_dependencies(after):
-            whole = [tf.logical_or(first, v.name in everywhere) for v in variables]
             shares = [
-                None if g is None else tf.where(w, g, tf.zeros_like(g))
+                None if g is None else tf.where(tf.logical_or(first, w), g, tf.zeros_like(g))
                 for w, g in zip(whole, grads, strict=True)
             ]
             optimizer.apply(shares, variables)

@@ -5,10 +5,12 @@ import torch
 import torch.utils.checkpoint
 
 
-def run_if(predicate, fn, variables):
-    """Run `fn()` if `predicate`; `variables` is what JAX needs to know."""
+def run_if(predicate, fn, otherwise=None):
+    """See `keras_ext.backend`."""
     if predicate:
         fn()
+    elif otherwise is not None:
+        otherwise()
 
 
 @torch.no_grad()
@@ -34,7 +36,8 @@ def copies(variables):
     return [v.value.detach().clone() for v in variables]
 
 
-def apply_gradients(optimizer, grads, variables, after=(), everywhere=()):
+def apply_gradients(optimizer, grads, variables, after=(), whole=()):
+    """See `keras_ext.backend`."""
     optimizer.apply(grads, variables)
 
 

@@ -73,8 +73,9 @@ class CachedModel:
             inputs = [memories[0], inputs[1]]
         self._blocks: list[keras.layers.Layer] = []
         self._steps: list[_Step] = []
-        self._call: _Call | None = None
-        self.max_length, self.has_prefix = None, False
+        self._call: _Call  # during a step
+        self.max_length: int | None = None
+        self.has_prefix = False
         self._decoder, _ = _rebuilt(inputs, whole.output, self._as_step)
         if not self._blocks:
             raise ValueError(f"{model.name} has no TransformerBlock to decode with.")
@@ -158,22 +159,23 @@ class CachedModel:
         if self.has_memory:  # which the blocks have as keys and values
             batch, width = ops.shape(token_ids)[0], self._decoder.inputs[0].shape[-1]
             known[names[0]] = ops.zeros((batch, 1, width), self._decoder.inputs[0].dtype)
-        self._call = _Call(valid, places, states, [None] * len(states), memories, memory_mask)
+        new_states: list[Any] = [None] * len(states)
+        memories = [] if memories is None else memories
+        self._call = _Call(valid, places, states, new_states, memories, memory_mask)
         try:
             logits = self._decoder([known[name] for name in names], training=False)[:, -1]
-            new_states = self._call.new_states
         finally:
-            self._call = None  # it holds tensors, which may be of a program being compiled
+            del self._call  # it holds tensors, which may be of a program being compiled
         wide = keras.backend.result_type(logits.dtype, "float32")
         return ops.cast(logits, wide), new_states
 
     def run(self, step: "_Step", inputs: Any, **kwargs: Any) -> Any:
         """What the layer of a step gives for the inputs at the next places."""
-        layer, call = step.layer, self._call
+        layer, number, call = step.layer, step.number, self._call
         if isinstance(layer, layers.T5Bias):
             biases = layer.biases(call.places, ops.arange(ops.shape(call.valid)[1]))
             return ops.cast(biases, layer.compute_dtype)
-        if isinstance(layer, layers.PositionEmbedding):
+        if number is None:  # no block: a `PositionEmbedding`
             padding = ops.sum(ops.cast(ops.logical_not(call.valid), "int32"), 1, keepdims=True)
             return layer(inputs, ops.maximum(call.places - padding, 0))
         pattern = {"attention_mask": self._seen(kwargs.pop("attention_mask", None))}
@@ -181,11 +183,11 @@ class CachedModel:
             pattern["attention_bias"] = kwargs["attention_bias"]
         if self.has_memory:
             pattern |= {
-                "memory": call.memories[step.number],
+                "memory": call.memories[number],
                 "memory_mask": call.memory_mask,
             }
-        outputs, state = layer.step(inputs, call.states[step.number], **pattern)
-        call.new_states[step.number] = state
+        outputs, state = layer.step(inputs, call.states[number], **pattern)
+        call.new_states[number] = state
         # What comes after the last block is for the last token alone.
         return outputs[:, -1:] if step.is_last else outputs
 
@@ -209,7 +211,7 @@ class _Call:
     places: Any  # of the next tokens in the caches
     states: list[Any]
     new_states: list[Any]
-    memories: list[Any] | None
+    memories: list[Any]
     memory_mask: Any
 
 

@@ -75,7 +75,7 @@ class CRF(keras.layers.Layer):
         self.regularizer = keras.regularizers.get(regularizer)
 
     @property
-    def potentials(self) -> tuple:
+    def potentials(self) -> tuple[keras.Variable, keras.Variable, keras.Variable]:
         """`transitions` (tags, tags), `start` and `end` (tags,), as the functions take them."""
         return self.transitions, self.start, self.end
 

@@ -140,7 +140,9 @@ def crf_marginals(
 SKIPPED, FIRST, LATER = 0, 1, 2
 
 
-def _standardize(emissions: Any, transitions: Any, start: Any, end: Any, mask: Any) -> tuple:
+def _standardize(
+    emissions: Any, transitions: Any, start: Any, end: Any, mask: Any
+) -> tuple[Any, Any, Any]:
     """Emissions that include start and end, transitions, and what each position is."""
     emissions = ops.convert_to_tensor(emissions)
     dtype = keras.backend.result_type(emissions.dtype, "float32")

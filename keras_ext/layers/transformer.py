@@ -246,8 +246,8 @@ class TransformerBlock(keras.layers.Layer):
             own = memory is None or self.cross_attention is not None
             return self.attention(x, x if own else memory, training=training, **pattern)
 
-        def cross_attend(x: Any) -> Any:
-            return self.cross_attention(x, memory, training=training)
+        def cross_attend(cross_attention: keras.layers.Layer, x: Any) -> Any:
+            return cross_attention(x, memory, training=training)
 
         # `training` is said to all, as the gradient runs this again outside of the call.
         return self._sublayers(inputs, attend, cross_attend, condition, training)
@@ -278,8 +278,8 @@ class TransformerBlock(keras.layers.Layer):
             new.append(after)
             return attended
 
-        def recall(x: Any) -> Any:
-            return self.cross_attention.recall(x, memory, memory_mask)
+        def recall(cross_attention: keras.layers.Layer, x: Any) -> Any:
+            return cross_attention.recall(x, memory, memory_mask)
 
         return self._sublayers(inputs, attend, recall, None, training=False), new[0]
 
@@ -294,8 +294,9 @@ class TransformerBlock(keras.layers.Layer):
             return norm(x + self.dropout_layer(sublayer(x), training=training), *given)
 
         x = add(x, self.attention_norm, attend)
-        if self.cross_attention is not None:
-            x = add(x, self.cross_attention_norm, cross_attend)
+        cross_attention = self.cross_attention
+        if cross_attention is not None:
+            x = add(x, self.cross_attention_norm, lambda x: cross_attend(cross_attention, x))
         return add(x, self.feed_forward_norm, lambda x: self.feed_forward(x, training=training))
 
     def compute_output_shape(

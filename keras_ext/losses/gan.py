@@ -242,9 +242,10 @@ def get(loss: str | GANLoss) -> GANLoss:
         >>> gan.get("gan_qp").scale
         10.0
     """
-    if isinstance(loss, str) and loss in LOSSES:
-        return LOSSES[loss]()
-    if callable(getattr(loss, "discriminator", None)) and callable(
+    if isinstance(loss, str):
+        if loss in LOSSES:
+            return LOSSES[loss]()
+    elif callable(getattr(loss, "discriminator", None)) and callable(
         getattr(loss, "generator", None)
     ):
         return loss

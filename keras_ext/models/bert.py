@@ -12,7 +12,8 @@ and themselves. `with_mlm` then predicts the next token.
 
 This file is the family: its configuration, its layers and the names its weights have in
 checkpoints. RoBERTa-wwm, MacBERT, RBT3 and the models of UER are BERTs. A relative of BERT is
-a file with a subclass that overrides what differs: `position`, `embed`, `encode`, `block`.
+a file with a subclass that overrides what differs: `position`, `embed`, `encode`, `block`,
+`heads`.
 
 Layer names are part of the API: `token_ids`, `segment_ids`, `token_embedding`,
 `segment_embedding`, `position_embedding`, `embedding_norm`, `embedding_dropout`,
@@ -25,8 +26,8 @@ al. 2019, arXiv 1905.03197; kexue.fm/archives/6933.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 import keras
 
@@ -150,6 +151,9 @@ class PrefixMask(keras.layers.Layer):
         return keras.KerasTensor((segment_ids.shape[0], length, length), dtype="bool")
 
 
+Sizes = TypeVar("Sizes", bound="BERT")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BERT:
     """The sizes of a BERT, and how it is built from them.
@@ -194,6 +198,7 @@ class BERT:
         "tensorflow": tensorflow_names(LAYERS),
         "huggingface": huggingface_names(LAYERS),
     }
+    heads: ClassVar[tuple[str, ...]] = ("with_mlm", "with_nsp", "with_pool")  # of `build`
     applications: ClassVar[tuple[str, ...]] = ("encoder", "lm", "unilm")
     learned_positions: ClassVar[bool] = True
     use_bias: ClassVar[bool] = True  # in the blocks
@@ -202,8 +207,7 @@ class BERT:
     narrow_embeddings: ClassVar[bool] = False  # whether embedding_size may differ
 
     def __post_init__(self) -> None:
-        if self.embedding_size is None:
-            object.__setattr__(self, "embedding_size", self.hidden_size)  # it is frozen
+        object.__setattr__(self, "embedding_size", self.embedding_width)  # it is frozen
         if not self.narrow_embeddings and self.embedding_size != self.hidden_size:
             raise ValueError(
                 f"embedding_size must be hidden_size={self.hidden_size} for "
@@ -225,7 +229,7 @@ class BERT:
             )
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "BERT":
+    def from_config(cls: type[Sizes], config: Mapping[str, Any]) -> Sizes:
         """Read Google's, Hugging Face's or UER's fields; others, such as `directionality`, say
         nothing about the model and are passed over.
 
@@ -248,30 +252,43 @@ class BERT:
         """What `from_config` reads, in the fields of Hugging Face."""
         return {"model_type": self.family, **dataclasses.asdict(self)}
 
-    def build(
-        self,
-        with_mlm: bool = False,
-        with_nsp: bool = False,
-        with_pool: bool = False,
-        name: str | None = None,
-    ) -> keras.Model:
-        """The functional model with fresh weights; see `build_transformer_model`."""
-        inputs, token_embedding, hidden = self.trunk()
-        outputs = [hidden]  # (batch, length, hidden_size)
-        if with_mlm:
-            outputs.append(self.mlm(hidden, token_embedding))  # (batch, length, vocab_size)
-        if with_nsp or with_pool:
-            pooled = self.dense(self.hidden_size, "pooler", activation="tanh")(hidden[:, 0])
-        if with_nsp:
-            outputs.append(self.dense(2, "nsp")(pooled))  # (batch, 2)
-        if with_pool:
-            outputs.append(pooled)  # (batch, hidden_size)
-        return self.model(inputs, outputs, name)
+    @property
+    def embedding_width(self) -> int:
+        """`embedding_size`, or its default."""
+        return self.hidden_size if self.embedding_size is None else self.embedding_size
 
-    def model(self, inputs: list, outputs: list, name: str | None) -> keras.Model:
-        """The model of one input, or of a list, and so of outputs."""
+    def build(self, *, name: str | None = None, **heads: bool) -> keras.Model:
+        """The functional model with fresh weights; see `build_transformer_model`.
+
+        Args:
+            name: of the model. Default: that of the family.
+            **heads: which of `self.heads` it has. Default: none.
+        """
+        for head in heads:
+            if head not in self.heads:
+                raise TypeError(
+                    f"{type(self).__name__}.build() got an unexpected keyword argument {head!r}"
+                )
+        inputs, token_embedding, hidden = self.trunk()
+        wanted = {head for head, value in heads.items() if value}
+        outputs = [hidden, *self.head_outputs(wanted, hidden, token_embedding)]
         inputs, outputs = (x if len(x) > 1 else x[0] for x in (inputs, outputs))
         return keras.Model(inputs, outputs, name=name or self.family)
+
+    def head_outputs(
+        self, wanted: Collection[str], hidden: Any, token_embedding: layers.TokenEmbedding
+    ) -> list[Any]:
+        """What the heads make of the last hidden states, (batch, length, hidden_size)."""
+        outputs = []
+        if "with_mlm" in wanted:
+            outputs.append(self.mlm(hidden, token_embedding))  # (batch, length, vocab_size)
+        if "with_nsp" in wanted or "with_pool" in wanted:
+            pooled = self.dense(self.hidden_size, "pooler", activation="tanh")(hidden[:, 0])
+        if "with_nsp" in wanted:
+            outputs.append(self.dense(2, "nsp")(pooled))  # (batch, 2)
+        if "with_pool" in wanted:
+            outputs.append(pooled)  # (batch, hidden_size)
+        return outputs
 
     def trunk(self) -> tuple[list, layers.TokenEmbedding, Any]:
         """Inputs, the token embedding, and the last hidden states."""
@@ -279,25 +296,24 @@ class BERT:
         segment_ids = keras.Input((None,), dtype="int32", name="segment_ids")
         token_embedding = layers.TokenEmbedding(
             self.vocab_size,
-            self.embedding_size,
+            self.embedding_width,
             embeddings_initializer=self.table_initializer(),
             mask_zero=True,
             name="token_embedding",
         )
-        hidden = self.embed(token_embedding(token_ids), segment_ids)
+        hidden = self.embed(self.add_segments(token_embedding(token_ids), segment_ids))
         pattern = {}
         if self.application == "unilm":
             pattern["attention_mask"] = PrefixMask(name="prefix_mask")(segment_ids)
         hidden = self.encode(hidden, **pattern)
         return [token_ids, segment_ids], token_embedding, hidden
 
-    def embed(self, tokens: Any, segment_ids: Any) -> Any:
-        """Add segments and positions to the token embeddings, normalise, drop, widen."""
-        hidden = self.add_segments(tokens, segment_ids)
+    def embed(self, hidden: Any) -> Any:
+        """Add positions to the embeddings of tokens and segments, normalise, drop, widen."""
         if self.learned_positions:
             hidden = self.add_positions(hidden)
         hidden = self.drop(self.norm("embedding_norm")(hidden))
-        if self.embedding_size == self.hidden_size:
+        if self.embedding_width == self.hidden_size:
             return hidden
         return self.dense(self.hidden_size, "embedding_projection")(hidden)
 
@@ -357,7 +373,7 @@ class BERT:
     def mlm(self, hidden: Any, token_embedding: layers.TokenEmbedding) -> Any:
         """Logits over the vocabulary."""
         activation = ACTIVATIONS[self.hidden_act]
-        hidden = self.dense(self.embedding_size, "mlm_dense", activation=activation)(hidden)
+        hidden = self.dense(self.embedding_width, "mlm_dense", activation=activation)(hidden)
         hidden = self.norm("mlm_norm")(hidden)
         return layers.Bias(name="mlm_bias")(token_embedding(hidden, reverse=True))
 
@@ -387,7 +403,7 @@ class BERT:
             tables["position_embedding"] = self.max_position_embeddings
         kernel, shape = self.block_kernel()
         return {
-            **{f"{x}/embeddings": (rows, self.embedding_size) for x, rows in tables.items()},
+            **{f"{x}/embeddings": (rows, self.embedding_width) for x, rows in tables.items()},
             **{f"encoder_{i}/{kernel}": shape for i in range(self.num_blocks)},
         }
 

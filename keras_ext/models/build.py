@@ -5,7 +5,6 @@ its weights are named in checkpoints.
 """
 
 import dataclasses
-import inspect
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -127,19 +126,18 @@ def build_transformer_model(
     }
     heads = {head: True for head, wanted in asked.items() if wanted}
     _check_heads(family, heads)
-    options = {
-        "application": application,
-        "hidden_dropout_prob": dropout,
-        "attention_probs_dropout_prob": attention_dropout,
-    }
-    given = {name: option for name, option in options.items() if option is not None}
-    family = dataclasses.replace(family, **given)
+    if application is not None:
+        family = dataclasses.replace(family, application=application)
+    if dropout is not None:
+        family = dataclasses.replace(family, hidden_dropout_prob=dropout)
+    if attention_dropout is not None:
+        family = dataclasses.replace(family, attention_probs_dropout_prob=attention_dropout)
     if checkpoint is None:
-        transformer = family.build(**heads)
+        transformer = family.build(name=None, **heads)
     else:
         checkpoint = _local(checkpoint)
         with uninitialized():
-            transformer = family.build(**heads)
+            transformer = family.build(name=None, **heads)
             report = load_weights(transformer, checkpoint, family.names)
         transformer.checkpoint_report = report
     for block in transformer.layers:
@@ -221,11 +219,11 @@ def save_transformer_model(
 
 
 def _check_heads(family: BERT, heads: Iterable[str]) -> None:
-    known = [name for name in inspect.signature(family.build).parameters if name != "name"]
     for head in heads:
-        if head not in known:
+        if head not in family.heads:
             raise ValueError(
-                f"{type(family).__name__} has no head for {head}. It has: {', '.join(known)}."
+                f"{type(family).__name__} has no head for {head}. It has: "
+                f"{', '.join(family.heads)}."
             )
 
 

@@ -239,8 +239,13 @@ def save_weights(model: keras.Model, directory: str | os.PathLike, table: NameTa
         >>> bert = build_transformer_model("bert_config.json")
         >>> save_weights(bert, ".", BERT.names["huggingface"])
     """
-    sources = [(variable, *table.source(variable.path)) for variable in model.weights]
-    unnamed = [variable.path for variable, name, _ in sources if name is None]
+    sources, unnamed = [], []
+    for variable in model.weights:
+        name, transposed = table.source(variable.path)
+        if name is None:
+            unnamed.append(variable.path)
+        else:
+            sources.append((variable, name, transposed))
     if unnamed:
         raise ValueError(
             f"The model {model.name!r} has weights that this format has no name for: "

@@ -10,12 +10,12 @@ Source: Clark et al. 2020, arXiv 2003.10555; github.com/google-research/electra.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
-import keras
 from keras import ops
 
+from keras_ext import layers
 from keras_ext.models.bert import (
     ACTIVATIONS,
     BERT,
@@ -80,18 +80,19 @@ class ELECTRA(BERT):
             model="electra",
         ),
     }
+    heads: ClassVar[tuple[str, ...]] = ("with_discriminator",)
     narrow_embeddings: ClassVar[bool] = True
 
-    def build(self, with_discriminator: bool = False, name: str | None = None) -> keras.Model:
-        """The functional model with fresh weights; see `build_transformer_model`."""
-        inputs, _, hidden = self.trunk()
-        outputs = [hidden]  # (batch, length, hidden_size)
-        if with_discriminator:
+    def head_outputs(
+        self, wanted: Collection[str], hidden: Any, token_embedding: layers.TokenEmbedding
+    ) -> list[Any]:
+        outputs = super().head_outputs(wanted, hidden, token_embedding)
+        if "with_discriminator" in wanted:
             activation = ACTIVATIONS[self.hidden_act]
             x = self.dense(self.hidden_size, "discriminator_dense", activation)(hidden)
             x = self.dense(1, "discriminator_prediction")(x)
             outputs.append(ops.squeeze(x, -1))  # (batch, length)
-        return self.model(inputs, outputs, name)
+        return outputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,11 +115,4 @@ class ELECTRAGenerator(ELECTRA):
             model="electra",
         ),
     }
-
-    def build(self, with_mlm: bool = False, name: str | None = None) -> keras.Model:
-        """The functional model with fresh weights; see `build_transformer_model`."""
-        inputs, token_embedding, hidden = self.trunk()
-        outputs = [hidden]  # (batch, length, hidden_size)
-        if with_mlm:
-            outputs.append(self.mlm(hidden, token_embedding))
-        return self.model(inputs, outputs, name)
+    heads: ClassVar[tuple[str, ...]] = ("with_mlm",)

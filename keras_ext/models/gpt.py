@@ -13,7 +13,7 @@ Names in TensorFlow checkpoints are those of bert4keras's conversions.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import keras
 
@@ -82,6 +82,8 @@ def conversion_names(rows: Any) -> NameTable:
 
 TABLES = tuple(row for row in EMBEDDINGS if row[0] in ("token_embedding", "position_embedding"))
 
+Sizes = TypeVar("Sizes", bound="GPT")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPT(BERT):
@@ -115,16 +117,17 @@ class GPT(BERT):
             },
         ),
     }
+    heads: ClassVar[tuple[str, ...]] = ("with_mlm",)
     applications: ClassVar[tuple[str, ...]] = ("lm",)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "GPT":
+    def from_config(cls: type[Sizes], config: Mapping[str, Any]) -> Sizes:
         """Read the fields of Hugging Face or of BERT; see `BERT.from_config`."""
         ours = {theirs: name for name, theirs in cls.fields.items()}
         config = {ours.get(key, key): value for key, value in config.items()}
-        activation = config.get("hidden_act")
-        if activation in cls.activations:
-            config["hidden_act"] = cls.activations[activation]
+        if "hidden_act" in config:
+            activation = config["hidden_act"]
+            config["hidden_act"] = cls.activations.get(activation, activation)
         if config.get("intermediate_size") is None and "hidden_size" in config:
             config["intermediate_size"] = 4 * config["hidden_size"]
         return super().from_config(config)
@@ -134,14 +137,6 @@ class GPT(BERT):
         theirs = {name: activation for activation, name in self.activations.items()}
         config["hidden_act"] = theirs.get(self.hidden_act, self.hidden_act)
         return {self.fields.get(key, key): value for key, value in config.items()}
-
-    def build(self, with_mlm: bool = False, name: str | None = None) -> keras.Model:
-        """The functional model with fresh weights; see `build_transformer_model`."""
-        inputs, token_embedding, hidden = self.trunk()
-        outputs = [hidden]  # (batch, length, hidden_size)
-        if with_mlm:
-            outputs.append(token_embedding(hidden, reverse=True))
-        return self.model(inputs, outputs, name)
 
     def trunk(self) -> tuple[list, layers.TokenEmbedding, Any]:
         """The input, the token embedding, and the last hidden states."""
@@ -155,9 +150,13 @@ class GPT(BERT):
         hidden = self.encode(self.embed(token_embedding(token_ids)))
         return [token_ids], token_embedding, hidden
 
-    def embed(self, tokens: Any) -> Any:
-        """Add positions to the token embeddings, drop."""
-        return self.drop(self.add_positions(tokens))
+    def embed(self, hidden: Any) -> Any:
+        """Add positions to the embeddings of tokens, drop."""
+        return self.drop(self.add_positions(hidden))
+
+    def mlm(self, hidden: Any, token_embedding: layers.TokenEmbedding) -> Any:
+        """Logits of the next token."""
+        return token_embedding(hidden, reverse=True)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = super().shapes()

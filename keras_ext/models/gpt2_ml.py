@@ -87,9 +87,9 @@ class GPT2ML(GPT):
         ),
     }
 
-    def embed(self, tokens: Any) -> Any:
-        """Add positions to the token embeddings, normalise, drop."""
-        return self.drop(self.norm("embedding_norm")(self.add_positions(tokens)))
+    def embed(self, hidden: Any) -> Any:
+        """Add positions to the embeddings of tokens, normalise, drop."""
+        return self.drop(self.norm("embedding_norm")(self.add_positions(hidden)))
 
     def block(self, name: str) -> GroverBlock:
         return GroverBlock.from_config(super().block(name).get_config())

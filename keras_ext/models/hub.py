@@ -7,6 +7,7 @@ are kept by `huggingface_hub`, which fetches them once, and goes on after an int
 import os
 import re
 from pathlib import Path
+from typing import TypeGuard
 
 FILES = ["config.json", "bert_config.json", "tokenizer*.json", "vocab.txt", "*.safetensors*"]
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -62,7 +63,7 @@ def download_model(repository: str) -> Path:
     return directory
 
 
-def is_repository(name: str | os.PathLike) -> bool:
+def is_repository(name: str | os.PathLike) -> TypeGuard[str]:
     """Whether this can only mean a repository: owner/model, and neither is a local path."""
     return (
         isinstance(name, str)

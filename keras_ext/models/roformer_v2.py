@@ -43,25 +43,17 @@ class RoFormerV2(RoFormer):
         "tensorflow": tensorflow_names((*TABLES, *KERNELS)),
         "huggingface": huggingface_names((*TABLES, *KERNELS), model="roformer"),
     }
+    heads: ClassVar[tuple[str, ...]] = ("with_mlm",)
     narrow_embeddings: ClassVar[bool] = False
     use_bias: ClassVar[bool] = False
-
-    def build(self, with_mlm: bool = False, name: str | None = None) -> keras.Model:
-        """The functional model with fresh weights; see `build_transformer_model`."""
-        inputs, token_embedding, hidden = self.trunk()
-        outputs = [hidden]  # (batch, length, hidden_size)
-        if with_mlm:
-            outputs.append(self.mlm(hidden, token_embedding))
-        return self.model(inputs, outputs, name)
 
     def mlm(self, hidden: Any, token_embedding: layers.TokenEmbedding) -> Any:
         """Logits over the vocabulary."""
         return token_embedding(hidden, reverse=True)
 
-    def embed(self, tokens: Any, segment_ids: Any) -> Any:
-        """Add segments to the token embeddings, drop, normalise."""
-        hidden = self.drop(self.add_segments(tokens, segment_ids))
-        return self.norm("embedding_norm")(hidden)
+    def embed(self, hidden: Any) -> Any:
+        """Drop, normalise."""
+        return self.norm("embedding_norm")(self.drop(hidden))
 
     def norm(self, name: str | None = None) -> keras.layers.Layer:
         return layers.RMSNorm(epsilon=self.layer_norm_eps, scale=False, name=name)

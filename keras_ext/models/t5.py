@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import keras
 
 from keras_ext import layers
-from keras_ext.models.bert import ACTIVATIONS, BERT
+from keras_ext.models.bert import ACTIVATIONS, BERT, Sizes
 from keras_ext.models.checkpoints import NameTable
 
 # Field -> its name in Hugging Face configurations.
@@ -154,19 +154,19 @@ class T5(BERT):
         "tensorflow": TENSORFLOW,
         "huggingface": HUGGINGFACE,
     }
+    heads: ClassVar[tuple[str, ...]] = ("with_mlm",)
     applications: ClassVar[tuple[str, ...]] = ("seq2seq", "encoder", "decoder")
     learned_positions: ClassVar[bool] = False
     heads_divide_width: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_decoder_layers is None:
-            object.__setattr__(self, "num_decoder_layers", self.num_hidden_layers)
+        object.__setattr__(self, "num_decoder_layers", self.side_blocks["decoder"])
         if not self.gated:
             object.__setattr__(self, "names", {k: _not_gated(v) for k, v in self.names.items()})
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "T5":
+    def from_config(cls: type[Sizes], config: Mapping[str, Any]) -> Sizes:
         """Read the fields of Hugging Face, or ours; see `BERT.from_config`."""
         ours = {theirs: name for name, theirs in FIELDS.items()}
         config = {ours.get(key, key): value for key, value in config.items()}
@@ -188,8 +188,17 @@ class T5(BERT):
         kind = f"gated-{activation}" if self.gated else self.hidden_act
         return {**config, "feed_forward_proj": kind}
 
-    def build(self, with_mlm: bool = False, name: str | None = None) -> keras.Model:
-        """The functional model with fresh weights; see `build_transformer_model`."""
+    @property
+    def side_blocks(self) -> dict[str, int]:
+        """Number of blocks of each side."""
+        decoder = self.num_decoder_layers
+        return {
+            "encoder": self.num_hidden_layers,
+            "decoder": self.num_hidden_layers if decoder is None else decoder,
+        }
+
+    def trunk(self) -> tuple[list, layers.TokenEmbedding, Any]:
+        """Inputs, the token embedding, and the last hidden states, (batch, length, width)."""
         token_embedding = layers.TokenEmbedding(
             self.vocab_size,
             self.hidden_size,
@@ -205,16 +214,10 @@ class T5(BERT):
             token_ids = keras.Input((None,), dtype="int32", name="token_ids")
             inputs, memory = [token_ids], self.side("encoder", token_embedding(token_ids))
         if self.application == "encoder":
-            if with_mlm:
-                raise ValueError("with_mlm needs a decoder: application='seq2seq'.")
-            return self.model(inputs, [memory], name)
+            return inputs, token_embedding, memory
         token_ids = keras.Input((None,), dtype="int32", name="decoder_token_ids")
         tokens = layers.WithMask(name="decoder_tokens")(token_embedding(token_ids))
-        hidden = self.side("decoder", tokens, memory)
-        outputs = [hidden]  # (batch, targets, hidden_size)
-        if with_mlm:
-            outputs.append(self.mlm(hidden, token_embedding))  # (batch, targets, vocab_size)
-        return self.model([*inputs, token_ids], outputs, name)
+        return [*inputs, token_ids], token_embedding, self.side("decoder", tokens, memory)
 
     def side(self, side: str, tokens: Any, memory: Any = None) -> Any:
         """Hidden states of the encoder, or with its output as memory those of the decoder."""
@@ -228,7 +231,7 @@ class T5(BERT):
             name=f"{side}_position",
         )(hidden)
         given = {"memory": memory} if decodes else {}
-        for i in range(self.num_decoder_layers if decodes else self.num_hidden_layers):
+        for i in range(self.side_blocks[side]):
             block = self.block(f"{side}_{i}", decodes)
             hidden = block(hidden, attention_bias=bias, **given)
         hidden = self.norm(f"{side}_norm")(hidden)
@@ -269,7 +272,9 @@ class T5(BERT):
         )
 
     def mlm(self, hidden: Any, token_embedding: layers.TokenEmbedding) -> Any:
-        """Logits over the vocabulary."""
+        """Logits over the vocabulary, of the decoder."""
+        if self.application == "encoder":
+            raise ValueError("with_mlm needs a decoder: application='seq2seq'.")
         if self.tie_word_embeddings:
             return token_embedding(hidden * self.hidden_size**-0.5, reverse=True)
         return keras.layers.Dense(
@@ -289,7 +294,7 @@ class T5(BERT):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of weights, by path, that are enough to tell all sizes."""
         kernel, shape = self.block_kernel()
-        sides = {"encoder": self.num_hidden_layers, "decoder": self.num_decoder_layers}
+        sides = self.side_blocks
         if self.application != "seq2seq":
             sides = {self.application: sides[self.application]}
         return {
@@ -321,6 +326,6 @@ class MT5(T5):
     family: ClassVar[str] = "mt5"
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "MT5":
+    def from_config(cls: type[Sizes], config: Mapping[str, Any]) -> Sizes:
         """See `T5.from_config`."""
         return super().from_config({**config, "tie_word_embeddings": False})

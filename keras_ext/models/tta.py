@@ -143,7 +143,7 @@ class TTA(keras.Model):
             ValueError: strings are given, and there is no tokenizer.
         """
         if len(texts) and isinstance(texts[0], str):
-            token_ids, counted = self._encode(texts)
+            token_ids, counted = self._encode(list(texts))
         else:
             token_ids = np.asarray(texts, "int32")
             counted = token_ids != 0
@@ -157,7 +157,7 @@ class TTA(keras.Model):
             scores[rows] = np.where(counted[rows], log_probabilities, 0).sum(-1)
         return scores
 
-    def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids, and which of them are of the texts; both (texts, longest)."""
         if self.tokenizer is None:
             raise ValueError(
@@ -165,7 +165,7 @@ class TTA(keras.Model):
                 "token ids."
             )
         max_length = self.sizes["max_length"]
-        encoded = self.tokenizer.encode_batch(list(texts), max_length=max_length)
+        encoded = self.tokenizer.encode_batch(texts, max_length=max_length)
         longest = max(len(encoding.token_ids) for encoding in encoded)
         token_ids = np.zeros((len(texts), longest), "int32")
         counted = np.zeros(token_ids.shape, bool)

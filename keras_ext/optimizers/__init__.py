@@ -3,12 +3,14 @@
 from keras_ext.optimizers import schedules
 from keras_ext.optimizers.accumulation import AccumOptimizer
 from keras_ext.optimizers.adafactor import RelativeAdafactor
+from keras_ext.optimizers.additive_low_rank import AdditiveLowRankOptimizer
 from keras_ext.optimizers.clipping import ClipOptimizer
 from keras_ext.optimizers.ema import EMAOptimizer
+from keras_ext.optimizers.galore import GaLoreOptimizer
 from keras_ext.optimizers.layer_adaptation import LayerAdaptiveOptimizer
 from keras_ext.optimizers.lazy import LazyOptimizer
 from keras_ext.optimizers.lookahead import LookaheadOptimizer
-from keras_ext.optimizers.low_rank import LowRankOptimizer
+from keras_ext.optimizers.lora import LoRAOptimizer
 from keras_ext.optimizers.momentum_accumulation import (
     MomentumAccumAdam,
     MomentumAccumAdamW,
@@ -17,17 +19,21 @@ from keras_ext.optimizers.momentum_accumulation import (
 )
 from keras_ext.optimizers.multipliers import MultiplierOptimizer, layerwise_decay
 from keras_ext.optimizers.periodic import PeriodicOptimizer
+from keras_ext.optimizers.random_projection import RandomProjectionOptimizer
 from keras_ext.optimizers.tiger import Tiger
-from keras_ext.optimizers.wrapper import OptimizerWrapper, UpdateWrapper
+from keras_ext.optimizers.update_wrapper import UpdateWrapper
+from keras_ext.optimizers.wrapper import OptimizerWrapper
 
 __all__ = [
     "AccumOptimizer",
+    "AdditiveLowRankOptimizer",
     "ClipOptimizer",
     "EMAOptimizer",
+    "GaLoreOptimizer",
     "LayerAdaptiveOptimizer",
     "LazyOptimizer",
+    "LoRAOptimizer",
     "LookaheadOptimizer",
-    "LowRankOptimizer",
     "MomentumAccumAdam",
     "MomentumAccumAdamW",
     "MomentumAccumLamb",
@@ -35,6 +41,7 @@ __all__ = [
     "MultiplierOptimizer",
     "OptimizerWrapper",
     "PeriodicOptimizer",
+    "RandomProjectionOptimizer",
     "RelativeAdafactor",
     "Tiger",
     "UpdateWrapper",

@@ -12,19 +12,25 @@ Exact: everything but what depends on the batch inside the model (dropout draws,
 normalisation statistics). Rounding: sums are kept in float32 and divided once. Order:
 unscale the loss, sum rows of repeated tokens, accumulate, clip, decay, update; so schedules,
 bias correction, weight decay, moving averages of the weights, constraints and `iterations`
-see real updates only. Cost: one float32 buffer of the size of the weights, and one addition
-per micro-batch; the inner update does not run between updates.
+see real updates only. A weight that has no gradient in the whole cycle is left alone, and so
+is its inner state: no decay, no momentum. Cost: one float32 buffer of the size of the weights,
+and one addition per micro-batch; the inner update does not run between updates.
 
 Source: kexue.fm/archives/6794.
 """
 
 import warnings
+from typing import Any, Literal
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_ext import backend
-from keras_ext.optimizers.wrapper import BATCH_WEIGHT, OptimizerWrapper
+from keras_ext import arguments, backend
+from keras_ext.numerics import all_finite, at_least_float32
+from keras_ext.optimizers import nesting
+from keras_ext.optimizers.base import carries_batch_weight, refuse_overwritten
+from keras_ext.optimizers.wrapper import OptimizerWrapper, had_gradient
 
 REMAINDERS = ("apply", "carry", "drop")
 NONFINITE = ("propagate", "skip")
@@ -74,155 +80,161 @@ class AccumOptimizer(OptimizerWrapper):
     Reference: kexue.fm/archives/6794.
     """
 
+    sums_rows = False  # they are scattered into the sums
+    takes_batch_weight = True
+
     def __init__(
         self,
         optimizer: keras.optimizers.Optimizer | str,
         accum_steps: int,
-        remainder: str = "apply",
-        nonfinite: str = "propagate",
+        remainder: Literal["apply", "carry", "drop"] = "apply",
+        nonfinite: Literal["propagate", "skip"] = "propagate",
         name: str | None = None,
     ):
         super().__init__(optimizer, name=name)
-        if isinstance(accum_steps, bool) or not isinstance(accum_steps, int) or accum_steps < 1:
-            raise ValueError(f"accum_steps must be an integer >= 1, got {accum_steps!r}.")
-        if remainder not in REMAINDERS:
-            raise ValueError(f"remainder must be one of {REMAINDERS}, got {remainder!r}.")
-        if nonfinite not in NONFINITE:
-            raise ValueError(f"nonfinite must be one of {NONFINITE}, got {nonfinite!r}.")
-        self._check_inner(nonfinite)
-        self.accum_steps = accum_steps
-        self.remainder = remainder
-        self.nonfinite = nonfinite
+        self.accum_steps = arguments.integer("accum_steps", accum_steps)
+        self.remainder = arguments.choice("remainder", remainder, REMAINDERS)
+        self.nonfinite = arguments.choice("nonfinite", nonfinite, NONFINITE)
+        nesting.refuse(
+            self,
+            lambda inner: nesting.accumulates(inner) or isinstance(inner, AccumOptimizer),
+            "optimizer {name!r} already accumulates gradients. Set the number of steps in one "
+            "place: AccumOptimizer(optimizer, accum_steps).",
+        )
+        if nonfinite == "skip":
+            nesting.refuse(
+                self,
+                nesting.scales_loss,
+                'nonfinite="skip" keeps overflows from the {kind} {name!r} inside, whose scale '
+                "could then never fall. Put it outside, or use "
+                'nonfinite="propagate".',
+            )
 
-    def _check_inner(self, nonfinite):
-        for inner in self.inner_optimizers():
-            if isinstance(inner, AccumOptimizer) or inner.gradient_accumulation_steps:
-                raise ValueError(
-                    f"optimizer {inner.name!r} already accumulates gradients. Set the number "
-                    "of steps in one place: AccumOptimizer(optimizer, accum_steps)."
-                )
-            if nonfinite == "skip" and isinstance(inner, keras.optimizers.LossScaleOptimizer):
-                raise ValueError(
-                    'nonfinite="skip" keeps overflows from the LossScaleOptimizer inside, '
-                    "whose scale could then never fall. Put the LossScaleOptimizer outside, "
-                    'or use nonfinite="propagate".'
-                )
+    @property
+    def accumulates(self) -> bool:
+        return self.accum_steps > 1
 
-    def build(self, variables):
+    def build(self, variables: list) -> None:
+        refuse_overwritten(self, variables)
         self.micro_step = self.add_variable((), dtype="int", name="micro_step")
         self.weight_sum = self.add_variable((), dtype="float32", name="weight_sum")
         self.skipped = self.add_variable((), dtype="int", name="skipped")
         super().build(variables)
-        self.accumulators = [self._add_accumulator(v) for v in self.inner_variables]
-        # Variables that never had a gradient are passed on as such: no decay, no momentum.
-        self._never_had_gradient = None
-
-    def _add_accumulator(self, variable):
-        if getattr(variable, "overwrite_with_gradient", False):
-            raise ValueError(
-                f"{variable.path} takes its gradient as its value (float8 training): a mean of "
-                "gradients has no meaning there. Train it without AccumOptimizer."
-            )
-        return self.add_sum_variable(variable, "accumulator")
+        inner = self.inner_variables
+        self.accumulators = [self.add_sum_variable(v, "accumulator") for v in inner]
+        # Which of them had a gradient in this cycle. A fact of the cycle, not of a trace: the
+        # steps of a cycle may be traced apart, and saved and loaded in between.
+        self.had_gradient = self.add_variable((len(inner),), dtype="bool", name="had_gradient")
 
     @property
-    def inner_variables(self):
-        return [v for v in super().inner_variables if v.name != BATCH_WEIGHT]
+    def inner_variables(self) -> list:
+        return [v for v in self.model_variables if not carries_batch_weight(v)]
 
-    def apply(self, grads, trainable_variables=None, weight=None):
-        """Take in one micro-batch; every `accum_steps` of them, update.
-
-        Args:
-            grads: one gradient, or None, per variable.
-            trainable_variables: the variables; not needed once the optimizer is built.
-            weight: scalar w_i >= 0 of this micro-batch, in any unit; default 1.
-        """
-        pairs = list(
-            zip(self.align(grads, trainable_variables), self._trainable_variables, strict=True)
-        )
-        grads = [g for g, v in pairs if v.name != BATCH_WEIGHT]
-        if weight is None:
-            weight = next((g for g, v in pairs if v.name == BATCH_WEIGHT), None)
-        if weight is not None:
-            weight = ops.cast(weight, "float32")
-            grads = [_scaled(g, weight) for g in grads]
-        # Of n replicas each brings 1/n of the gradient but the whole weight of its examples.
-        weight = ops.convert_to_tensor(1.0 if weight is None else weight, "float32")
-        share = weight / backend.num_replicas()
-        backend.merge_replicas(self._accumulate, grads, share)
-
-    def stateless_apply(self, optimizer_variables, grads, trainable_variables, weight=None):
+    def stateless_apply(
+        self,
+        optimizer_variables: list,
+        grads: list,
+        trainable_variables: list,
+        weight: Any = None,
+    ) -> tuple[list, list]:
         """`apply` as a pure function, for steps written in JAX.
 
         Returns: the new values of the trainable variables and of `self.variables`.
         """
         if weight is None or keras.backend.backend() == "tensorflow":  # where Keras refuses it
             return super().stateless_apply(optimizer_variables, grads, trainable_variables)
-        variables = self._trainable_variables + self.variables
+        variables = self.model_variables + self.variables
         values = [*trainable_variables, *optimizer_variables]
         scope = keras.StatelessScope(list(zip(variables, values, strict=True)))
         with scope:
             self.apply(grads, weight=weight)
         values = [scope.get_current_value(v) for v in variables]
-        count = len(self._trainable_variables)
+        count = len(self.model_variables)
         return values[:count], values[count:]
 
-    def _accumulate(self, grads, weight):
+    def in_replica(self, grads: list, weight: Any) -> tuple[list, list]:
+        """Multiply the gradients by the weight of the batch, which the model may carry."""
+        pairs = list(zip(grads, self.model_variables, strict=True))
+        grads = [g for g, v in pairs if not carries_batch_weight(v)]
+        if weight is None:
+            weight = next((g for g, v in pairs if carries_batch_weight(v)), None)
+        if weight is not None:
+            weight = ops.cast(weight, "float32")
+            grads = [_scaled(g, weight) for g in grads]
+        # Of n replicas each brings 1/n of the gradient but the whole weight of its examples.
+        weight = ops.convert_to_tensor(1.0 if weight is None else weight, "float32")
+        return grads, [weight / backend.num_replicas()]
+
+    def update(self, grads: list, weight: Any) -> None:  # type: ignore[override] # told by in_replica
+        first = ops.equal(self.micro_step, 0)
+        present = [i for i, g in enumerate(grads) if g is not None]
+        found = ops.convert_to_tensor([g is not None for g in grads])
         count = 1
         if self.nonfinite == "skip":
-            finite = _all_finite(grads)
+            finite = all_finite([backend.values(grads[i]) for i in present])
             grads = [_where(finite, g) for g in grads]
             weight = ops.where(finite, weight, 0.0)
             count = ops.cast(finite, self.micro_step.dtype)
             self.skipped.assign_add(1 - count)
-        absent = {i for i, g in enumerate(grads) if g is None}
-        present = [i for i in range(len(grads)) if i not in absent]
-        seen_before = self._never_had_gradient
-        self._never_had_gradient = absent if seen_before is None else seen_before & absent
+            found = ops.logical_and(found, finite)
+        before = ops.logical_and(self.had_gradient, ops.logical_not(first))
+        self.had_gradient.assign(ops.logical_or(before, found))
         # The sums are emptied before they are needed again, and the update only reads them:
         # so XLA neither copies them into a conditional nor writes them twice.
-        backend.run_if(
-            ops.equal(self.micro_step, 0), self._clear_sums, variables=self.accumulators
-        )
+        self.when(first, self._clear_sums)
         backend.add_to([self.accumulators[i] for i in present], [grads[i] for i in present])
         self.weight_sum.assign_add(weight)
         self.micro_step.assign_add(count)
-        backend.run_if(
-            self.micro_step >= self.accum_steps,
-            self._update,
-            variables=self.inner_variables + self.variables,
-        )
+        self.when(self.micro_step >= self.accum_steps, lambda: self._update(present))
 
-    def _clear_sums(self):
+    def _clear_sums(self) -> None:
         for accumulator in self.accumulators:
             _set_to_zero(accumulator)
 
-    def _update(self):
-        """One step of the inner optimizer with the mean, then an empty cycle."""
+    def _update(self, certain: list[int]) -> None:
+        """One step of the inner optimizer with the mean, then an empty cycle.
+
+        Args:
+            certain: places of the variables that are known to have a gradient. Of the others,
+                the state tells; one that was frozen in mid-cycle stays where it is.
+        """
         weight_sum = ops.convert_to_tensor(self.weight_sum)
         total = ops.where(weight_sum > 0, weight_sum, 1.0)
-        absent = self._never_had_gradient or ()
-        mean = [
-            None if i in absent else acc / ops.cast(total, acc.dtype)
-            for i, acc in enumerate(self.accumulators)
-        ]
-        self.apply_inner(mean)
+        variables = self.inner_variables
+        known = set(certain)
+        doubtful = [i for i, v in enumerate(variables) if i not in known and v.trainable]
+
+        def step(indices):
+            grads = [None] * len(variables)
+            for i in indices:
+                accumulator = self.accumulators[i]
+                grads[i] = accumulator / ops.cast(total, accumulator.dtype)
+            self.step_inner(grads)
+
+        def step_of_all():
+            with had_gradient({id(variables[i]): self.had_gradient[i] for i in doubtful}):
+                step([*certain, *doubtful])
+
+        if doubtful:
+            had = [self.had_gradient[i] for i in doubtful]
+            self.when(ops.any(ops.stack(had)), step_of_all, otherwise=lambda: step(certain))
+        else:
+            step(certain)
         self._start_cycle()
 
-    def _start_cycle(self):
+    def _start_cycle(self) -> None:
         _set_to_zero(self.weight_sum)
         _set_to_zero(self.micro_step)
 
-    def finalize_variable_values(self, var_list):
-        """End of `fit`: settle an unfinished cycle as `remainder` says."""
-        if not self.built or not backend.has_value(self.micro_step):
-            return  # fit failed before or in its first step: let its own error be seen
+    def end_of_fit(self, finish_inner: Any) -> None:
+        """Settle an unfinished cycle as `remainder` says."""
         pending = int(ops.convert_to_numpy(self.micro_step))
         if pending and self.remainder == "apply":
-            self._update()
+            had = np.flatnonzero(ops.convert_to_numpy(self.had_gradient)).tolist()
+            self._update([i for i in had if self.inner_variables[i].trainable])
         elif pending and self.remainder == "drop":
             self._start_cycle()
-        super().finalize_variable_values(var_list)
+        finish_inner()
         if pending:
             done = {"apply": "applied as one update", "carry": "kept", "drop": "dropped"}
             warnings.warn(
@@ -239,31 +251,24 @@ class AccumOptimizer(OptimizerWrapper):
         }
 
 
-def _set_to_zero(variable):
+def _set_to_zero(variable: keras.Variable) -> None:
     variable.assign(ops.zeros(variable.shape, variable.dtype))  # not 0 * NaN
 
 
-def _scaled(grad, weight):
+def _scaled(grad: Any, weight: Any) -> Any:
     """weight * grad in float32; a micro-batch of weight 0 adds nothing, even if it is NaN."""
     if grad is None:
         return None
 
     def scale(g):
-        dtype = (
-            "float64" if keras.backend.standardize_dtype(g.dtype) == "float64" else "float32"
-        )
+        dtype = at_least_float32(g.dtype)
         g = ops.cast(g, dtype)
         return ops.where(weight > 0, ops.cast(weight, dtype) * g, ops.zeros_like(g))
 
     return backend.map_values(scale, grad)
 
 
-def _where(keep, grad):
+def _where(keep: Any, grad: Any) -> Any:
     if grad is None:
         return None
     return backend.map_values(lambda g: ops.where(keep, g, ops.zeros_like(g)), grad)
-
-
-def _all_finite(grads):
-    checks = [ops.all(ops.isfinite(backend.values(g))) for g in grads if g is not None]
-    return ops.all(ops.stack(checks))

@@ -29,15 +29,18 @@ two axes, and keeps a full-size v all the same). What differs, and why:
 Source: Shazeer and Stern 2018, arXiv 1804.04235; bert4keras, `optimizers.py`.
 """
 
-import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_ext import backend
-from keras_ext.optimizers.patterns import as_patterns
+from keras_ext import arguments, backend
+from keras_ext.numerics import at_least_float32
+from keras_ext.optimizers.base import is_overwritten
 from keras_ext.optimizers.schedules import InverseSquareRoot
+from keras_ext.optimizers.selection import Selectable, Selection
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
@@ -57,9 +60,11 @@ class RelativeAdafactor(keras.optimizers.Optimizer):
         epsilon_1: > 0, added to the squared gradient.
         epsilon_2: > 0, lower limit of the RMS(w) that scales a step.
         clipping_threshold: > 0, upper limit of RMS(u) per weight, or None for none.
-        min_dim_size_to_factor: factor v if its two largest axes are at least this long.
-        exclude_from_parameter_scale: one or more regular expressions; of a weight whose path
-            contains a match the step is not multiplied by max(epsilon_2, RMS(w)).
+        min_dim_size_to_factor: factor v if its two largest axes are at least this long; a
+            large number, 10**6, for no factoring.
+        exclude_from_parameter_scale: weights whose step is not multiplied by max(epsilon_2,
+            RMS(w)): regular expressions searched in `variable.path`, layers, variables, or a
+            list of these.
         name: name of the optimizer.
         **kwargs: those of `keras.optimizers.Optimizer`: weight_decay, clipnorm, and so on.
 
@@ -86,52 +91,42 @@ class RelativeAdafactor(keras.optimizers.Optimizer):
         epsilon_2: float = 1e-3,
         clipping_threshold: float | None = 1.0,
         min_dim_size_to_factor: int = 128,
-        exclude_from_parameter_scale: str | Sequence[str] = (),
+        exclude_from_parameter_scale: Selectable | Sequence[Selectable] | None = None,
         name: str | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         if learning_rate is None:
             learning_rate = InverseSquareRoot()
-        super().__init__(learning_rate, name=name, **kwargs)  # refuses what it does not know
-        for key, beta in (("beta_1", beta_1), ("beta_2", 0.0 if beta_2 is None else beta_2)):
-            if not 0 <= beta < 1:
-                raise ValueError(f"{key} must be in [0, 1), got {beta!r}.")
-        for key, epsilon in (("epsilon_1", epsilon_1), ("epsilon_2", epsilon_2)):
-            if not epsilon > 0:
-                raise ValueError(f"{key} must be positive, got {epsilon!r}.")
-        if clipping_threshold is not None and not clipping_threshold > 0:
-            raise ValueError(
-                f"clipping_threshold must be positive or None, got {clipping_threshold!r}."
+        # Keras refuses the keyword arguments that it does not know.
+        super().__init__(arguments.learning_rate(learning_rate), name=name, **kwargs)
+        self.beta_1 = arguments.number("beta_1", beta_1, "[0, 1)")
+        self.beta_2 = None if beta_2 is None else arguments.number("beta_2", beta_2, "[0, 1)")
+        self.epsilon_1 = arguments.number("epsilon_1", epsilon_1, "(0, inf)")
+        self.epsilon_2 = arguments.number("epsilon_2", epsilon_2, "(0, inf)")
+        if clipping_threshold is not None:
+            clipping_threshold = arguments.number(
+                "clipping_threshold", clipping_threshold, "(0, inf)"
             )
-        if not isinstance(min_dim_size_to_factor, int) or min_dim_size_to_factor < 1:
-            raise ValueError(
-                "min_dim_size_to_factor must be an integer >= 1, got "
-                f"{min_dim_size_to_factor!r}. For no factoring pass a large one, 10**6."
-            )
-        self.beta_1 = beta_1
-        self.beta_2 = beta_2
-        self.epsilon_1 = epsilon_1
-        self.epsilon_2 = epsilon_2
         self.clipping_threshold = clipping_threshold
-        self.min_dim_size_to_factor = min_dim_size_to_factor
-        self.exclude_from_parameter_scale = as_patterns(
+        self.min_dim_size_to_factor = arguments.integer(
+            "min_dim_size_to_factor", min_dim_size_to_factor
+        )
+        self.exclude_from_parameter_scale = Selection(
             "exclude_from_parameter_scale", exclude_from_parameter_scale
         )
 
-    def build(self, variables):
+    def build(self, variables: list) -> None:
         if self.built:
             return
         super().build(variables)
         self._momentums, self._velocities, self._rows, self._columns = [], [], [], []
         self._axes = [factored_axes(v.shape, self.min_dim_size_to_factor) for v in variables]
-        self._scaled = [
-            not any(re.search(pattern, v.path) for pattern in self.exclude_from_parameter_scale)
-            for v in variables
-        ]
+        excluded = self.exclude_from_parameter_scale.indices(variables)
+        self._scaled = [i not in excluded for i in range(len(variables))]
         for variable, axes in zip(variables, self._axes, strict=True):
             m = v = r = c = None
             # Float8 training takes the gradient of some variables as their value: no state.
-            if not getattr(variable, "overwrite_with_gradient", False):
+            if not is_overwritten(variable):
                 if self.beta_1 > 0:
                     m = self._add_state(variable, "momentum")
                 if axes is None:
@@ -145,24 +140,25 @@ class RelativeAdafactor(keras.optimizers.Optimizer):
             self._rows.append(r)
             self._columns.append(c)
 
-    def _add_state(self, variable, name, over=None):
+    def _add_state(
+        self, variable: keras.Variable, name: str, over: int | None = None
+    ) -> keras.Variable:
         """A float32 variable of the shape of the weight, or of its mean over one axis."""
         shape = [1 if axis == over else size for axis, size in enumerate(variable.shape)]
         return self.add_variable(
             shape,
-            dtype=_state_dtype(variable),
+            dtype=at_least_float32(variable.dtype),
             # Sharded like the weight it is for.
             layout=getattr(variable, "_layout", None) if over is None else None,
             name=f"{variable.path.replace('/', '_')}_{name}",
         )
 
-    def apply(self, grads, trainable_variables=None):
-        dense = [None if g is None else backend.densify(g) for g in grads]
-        super().apply(dense, trainable_variables)
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        super().apply([_as_one_tensor(g) for g in grads], trainable_variables)
 
-    def update_step(self, gradient, variable, learning_rate):
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         index = self._get_variable_index(variable)
-        dtype = _state_dtype(variable)
+        dtype = at_least_float32(variable.dtype)
         gradient = ops.cast(gradient, dtype)
         step = gradient / ops.sqrt(self._mean_square(index, gradient) + self.epsilon_1)
         if self.clipping_threshold is not None:
@@ -177,7 +173,7 @@ class RelativeAdafactor(keras.optimizers.Optimizer):
         weight = weight - ops.cast(learning_rate, dtype) * step
         self.assign(variable, ops.cast(weight, variable.dtype))
 
-    def _mean_square(self, index, gradient):
+    def _mean_square(self, index: int, gradient: Any) -> Any:
         """The moving average v of the squared gradient, brought up to date."""
         if self.beta_2 is None:  # 1 - beta_2, without cancellation
             share = ops.power(ops.cast(self.iterations + 1, gradient.dtype), -0.8)
@@ -190,14 +186,15 @@ class RelativeAdafactor(keras.optimizers.Optimizer):
             self.assign(state, value)
             return value
 
-        if self._axes[index] is None:
+        axes = self._axes[index]
+        if axes is None:
             return average(self._velocities[index], square)
-        second, largest = self._axes[index]
+        second, largest = axes
         r = average(self._rows[index], ops.mean(square, axis=largest, keepdims=True))
         c = average(self._columns[index], ops.mean(square, axis=second, keepdims=True))
         return r / ops.mean(r, axis=second, keepdims=True) * c
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return super().get_config() | {
             "beta_1": self.beta_1,
             "beta_2": self.beta_2,
@@ -205,11 +202,11 @@ class RelativeAdafactor(keras.optimizers.Optimizer):
             "epsilon_2": self.epsilon_2,
             "clipping_threshold": self.clipping_threshold,
             "min_dim_size_to_factor": self.min_dim_size_to_factor,
-            "exclude_from_parameter_scale": list(self.exclude_from_parameter_scale),
+            "exclude_from_parameter_scale": self.exclude_from_parameter_scale.config(),
         }
 
 
-def factored_axes(shape, min_size: int) -> tuple[int, int] | None:
+def factored_axes(shape: Sequence[int], min_size: int) -> tuple[int, int] | None:
     """The second largest and the largest axis (the later of equal ones), if long enough."""
     if len(shape) < 2:
         return None
@@ -217,10 +214,13 @@ def factored_axes(shape, min_size: int) -> tuple[int, int] | None:
     return (second, largest) if shape[second] >= min_size else None
 
 
-def rms(x):
+def rms(x: Any) -> Any:
     return ops.sqrt(ops.mean(ops.square(x)))
 
 
-def _state_dtype(variable):
-    is_double = keras.backend.standardize_dtype(variable.dtype) == "float64"
-    return "float64" if is_double else "float32"
+def _as_one_tensor(gradient: Any) -> Any:
+    if gradient is None:
+        return None
+    return backend.densify(
+        ops.convert_to_tensor(gradient) if isinstance(gradient, np.ndarray) else gradient
+    )

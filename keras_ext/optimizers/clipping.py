@@ -23,15 +23,21 @@ Source: kexue.fm/archives/7469, Zhang et al. 2020 (arXiv 1905.11881); adaptive: 
 
 import math
 import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import keras
 from keras import ops
 
-from keras_ext import backend
-from keras_ext.optimizers.wrapper import BATCH_WEIGHT, OptimizerWrapper
+from keras_ext import arguments
+from keras_ext.numerics import all_finite
+from keras_ext.optimizers import nesting
+from keras_ext.optimizers.selection import Selectable, Selection
+from keras_ext.optimizers.wrapper import OptimizerWrapper
 
 KINDS = ("hard", "smooth", "adaptive")
 SCOPES = ("global", "variable")
+Scope: TypeAlias = Literal["global", "variable"]
 NONFINITE = ("skip", "propagate")
 
 SMALLEST_WEIGHT_NORM = 1e-3  # so that units which start at zero can move
@@ -41,12 +47,12 @@ SMALLEST_WEIGHT_NORM = 1e-3  # so that units which start at zero can move
 HEADS = re.compile(r"(^|/)(query|key|value|gate)/kernel$")
 
 
-def hard_clip(grads: list, threshold: float, scope: str = "global") -> list:
+def hard_clip(grads: list, threshold: float, scope: Scope = "global") -> list:
     """g * min(1, c / ||g||); the norm is over all tensors, or over each (scope="variable")."""
     return scaled(grads, [hard_factor(n, threshold) for n in norms(grads, scope)])
 
 
-def smooth_clip(grads: list, threshold: float, scope: str = "global") -> list:
+def smooth_clip(grads: list, threshold: float, scope: Scope = "global") -> list:
     """g * c / (||g|| + c); the norm is over all tensors, or over each (scope="variable")."""
     return scaled(grads, [smooth_factor(n, threshold) for n in norms(grads, scope)])
 
@@ -57,7 +63,7 @@ def adaptive_clip(grads: list, variables: list, threshold: float) -> list:
     return scaled(grads, map(hard_factor, unit_norms(grads, variables), limits))
 
 
-def unit_axes(variable) -> tuple:
+def unit_axes(variable: Any) -> tuple[int, ...]:
     """The axes that one unit of a weight extends over: what is summed into one output.
 
     | weight | unit | axes |
@@ -100,8 +106,9 @@ class ClipOptimizer(OptimizerWrapper):
         nonfinite: what to do when a norm is infinite or NaN. "skip" (default): leave out the
             step, as if the batch had not been there, and count it in `skipped`. "propagate":
             all gradients that share the norm become NaN, as with Keras's own clipping.
-        exclude: for "adaptive", a regular expression; variables whose `path` it matches
-            somewhere are not clipped (Brock et al.: the final linear layer). Default, none.
+        exclude: for "adaptive", variables that are not clipped (Brock et al.: the final linear
+            layer): regular expressions searched in `variable.path`, layers, variables, or a
+            list of these. Default, none.
         name: name of the wrapper.
 
     Attributes:
@@ -112,7 +119,8 @@ class ClipOptimizer(OptimizerWrapper):
     of them. A `LossScaleOptimizer` goes outside.
 
     Raises:
-        ValueError: a bad argument, or a `LossScaleOptimizer` inside.
+        ValueError: a bad argument, or a `LossScaleOptimizer` inside; when built, a part of
+            `exclude` matches nothing.
 
     Example:
         >>> optimizer = ClipOptimizer(keras.optimizers.Adam(1e-3), 1.0, kind="smooth")
@@ -126,112 +134,92 @@ class ClipOptimizer(OptimizerWrapper):
         self,
         optimizer: keras.optimizers.Optimizer | str,
         threshold: float,
-        kind: str = "hard",
-        scope: str = "global",
-        nonfinite: str = "skip",
-        exclude: str | None = None,
+        kind: Literal["hard", "smooth", "adaptive"] = "hard",
+        scope: Scope = "global",
+        nonfinite: Literal["skip", "propagate"] = "skip",
+        exclude: Selectable | Sequence[Selectable] | None = None,
         name: str | None = None,
     ):
         super().__init__(optimizer, name=name)
-        number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
-        if not (number and 0 < threshold < math.inf):
-            raise ValueError(f"threshold must be a number > 0, got {threshold!r}.")
-        for argument, value, known in (
-            ("kind", kind, KINDS),
-            ("scope", scope, SCOPES),
-            ("nonfinite", nonfinite, NONFINITE),
-        ):
-            if value not in known:
-                raise ValueError(f"{argument} must be one of {known}, got {value!r}.")
+        self.threshold = arguments.number("threshold", threshold, "(0, inf)")
+        self.kind = arguments.choice("kind", kind, KINDS)
+        self.scope = arguments.choice("scope", scope, SCOPES)
+        self.nonfinite = arguments.choice("nonfinite", nonfinite, NONFINITE)
+        self.exclude = Selection("exclude", exclude)
         if kind == "adaptive" and scope != "global":
             raise ValueError(
                 f'scope must be left out for kind="adaptive", got {scope!r}: its norms are '
                 "those of the units of each variable."
             )
-        if kind != "adaptive" and exclude is not None:
+        if kind != "adaptive" and self.exclude.parts:
             raise ValueError(
                 f"exclude must be left out for kind={kind!r}, got {exclude!r}: only adaptive "
                 "clipping looks at one variable at a time."
             )
-        for inner in self.inner_optimizers():
-            if isinstance(inner, keras.optimizers.LossScaleOptimizer):
-                raise ValueError(
-                    f"the LossScaleOptimizer {inner.name!r} must be outside: inside, scaled "
-                    "gradients would be clipped. Write LossScaleOptimizer(ClipOptimizer(...))."
-                )
-        self.threshold = float(threshold)
-        self.kind = kind
-        self.scope = scope
-        self.nonfinite = nonfinite
-        self.exclude = exclude
+        nesting.refuse(
+            self,
+            nesting.scales_loss,
+            "the {kind} {name!r} must be outside: inside, scaled gradients would be clipped. "
+            "Write LossScaleOptimizer(ClipOptimizer(...)).",
+        )
 
-    def build(self, variables):
+    def build(self, variables: list) -> None:
+        self._excluded = frozenset(self.exclude.indices(variables))
         self.skipped = self.add_variable((), dtype="int", name="skipped")
         super().build(variables)
 
-    def apply(self, grads, trainable_variables=None):
-        backend.merge_replicas(self._apply, self.align(grads, trainable_variables))
-
-    def _apply(self, grads):
-        variables = self.inner_variables
-        chosen = [i for i, v in enumerate(variables) if grads[i] is not None and _is_weight(v)]
-        dense = [backend.densify(grads[i]) for i in chosen]
-        weights = [variables[i] for i in chosen]
+    def update(self, grads: list) -> None:
+        chosen = [i for i, g in enumerate(grads) if g is not None and self.is_gradient(i)]
+        given = [grads[i] for i in chosen]
+        weights = [self.inner_variables[i] for i in chosen]
         adaptive = self.kind == "adaptive"
-        found = unit_norms(dense, weights) if adaptive else norms(dense, self.scope)
+        found = unit_norms(given, weights) if adaptive else norms(given, self.scope)
 
-        def update():
-            clipped = dict(zip(chosen, self._clip(dense, found, weights), strict=True))
-            new = [clipped.get(i, g) for i, g in enumerate(grads)]
-            self.apply_inner(new)
+        def step():
+            clipped = dict(zip(chosen, self._clip(chosen, given, found), strict=True))
+            self.step_inner([clipped.get(i, g) for i, g in enumerate(grads)])
 
         if self.nonfinite == "propagate":
-            update()
+            step()
             return
-        finite = _all_finite(found)
+        finite = all_finite(found)
         self.skipped.assign_add(ops.cast(ops.logical_not(finite), self.skipped.dtype))
-        state = variables + self.inner_optimizer.variables
-        backend.run_if(finite, update, variables=state)
+        self.when(finite, step)
 
-    def _clip(self, grads, norms, variables):
+    def _clip(self, chosen: list[int], grads: list, norms: list) -> list:
         # clip(s g; s c) = s clip(g; c): so the inner optimizer finds its loss scale s again.
         threshold = self.threshold * (self.loss_scale_factor or 1.0)
         if self.kind != "adaptive":
             factor = {"hard": hard_factor, "smooth": smooth_factor}[self.kind]
             return scaled(grads, [factor(n, threshold) for n in norms])
-        factors = list(map(hard_factor, norms, unit_limits(variables, threshold)))
-        for i, variable in enumerate(variables):
-            if self.exclude is not None and re.search(self.exclude, variable.path):
-                factors[i] = ops.ones_like(factors[i])
+        limits = unit_limits([self.inner_variables[i] for i in chosen], threshold)
+        factors = [
+            ops.ones_like(norm) if i in self._excluded else hard_factor(norm, limit)
+            for i, norm, limit in zip(chosen, norms, limits, strict=True)
+        ]
         return scaled(grads, factors)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return super().get_config() | {
             "threshold": self.threshold,
             "kind": self.kind,
             "scope": self.scope,
             "nonfinite": self.nonfinite,
-            "exclude": self.exclude,
+            "exclude": self.exclude.config(),
         }
 
 
-def _is_weight(variable):
-    """Not what only poses as one: the weight of a batch, and the scales of float8 training."""
-    overwritten = getattr(variable, "overwrite_with_gradient", False)
-    return variable.name != BATCH_WEIGHT and not overwritten
-
-
-def hard_factor(norm, limit):
+def hard_factor(norm: Any, limit: Any) -> Any:
     """min(1, limit / norm), and NaN for a norm that is not finite."""
     factor = ops.where(norm > limit, limit / norm, ops.ones_like(norm))
     return ops.where(ops.isfinite(norm), factor, math.nan)
 
 
-def smooth_factor(norm, limit):
+def smooth_factor(norm: Any, limit: Any) -> Any:
     return ops.where(ops.isfinite(norm), limit / (norm + limit), math.nan)
 
 
-def scaled(grads, factors):
+def scaled(grads: Sequence, factors: Iterable) -> list:
     """Each gradient times its factor, or all times the only one; rounded once to its dtype."""
     factors = list(factors)
     if len(factors) == 1:
@@ -241,25 +229,25 @@ def scaled(grads, factors):
     ]
 
 
-def norms(grads, scope):
+def norms(grads: Sequence, scope: str) -> list:
     """The norm of all tensors together, or that of each: a list of one, or of one for each."""
     each = _norms(grads, [None] * len(grads))
     return each if scope == "variable" or not each else [_scaled_norm(ops.stack(each))]
 
 
-def unit_norms(tensors, variables):
+def unit_norms(tensors: Sequence, variables: Sequence) -> list:
     """||.|| of every unit, of a shape to be broadcast to the variable's."""
     return _norms(tensors, [unit_axes(v) for v in variables])
 
 
-def unit_limits(variables, threshold):
+def unit_limits(variables: Sequence, threshold: float) -> list:
     # Outside of fit, PyTorch would record what is computed from weights.
     lengths = unit_norms([ops.stop_gradient(v.value) for v in variables], variables)
     smallest = SMALLEST_WEIGHT_NORM
     return [threshold * ops.where(n > smallest, n, ops.full_like(n, smallest)) for n in lengths]
 
 
-def _norms(tensors, axes):
+def _norms(tensors: Sequence, axes: Sequence) -> list:
     """Square, sum, root; where that overflows, again with the largest element as unit."""
     if not tensors:
         return []
@@ -272,19 +260,13 @@ def _norms(tensors, axes):
 
     plain = [root_of_sum(t, axis) for t, axis in zip(tensors, axes, strict=True)]
     return ops.cond(
-        _all_finite(plain),
+        all_finite(plain),
         lambda: plain,
         lambda: [_scaled_norm(t, axis) for t, axis in zip(tensors, axes, strict=True)],
     )
 
 
-def _scaled_norm(t, axis=None):
+def _scaled_norm(t: Any, axis: tuple[int, ...] | None = None) -> Any:
     largest = ops.max(ops.abs(t), axis=axis, keepdims=axis is not None)
     unit = ops.where(largest > 0, largest, ops.ones_like(largest))
     return unit * ops.sqrt(ops.sum(ops.square(t / unit), axis=axis, keepdims=axis is not None))
-
-
-def _all_finite(tensors):
-    if not tensors:
-        return ops.convert_to_tensor(True)
-    return ops.all(ops.stack([ops.all(ops.isfinite(t)) for t in tensors]))

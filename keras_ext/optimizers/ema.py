@@ -27,11 +27,12 @@ Source: Kingma and Ba 2015, arXiv 1412.6980, section 7.2; kexue.fm/archives/6575
 """
 
 import math
+from typing import Any
 
 import keras
 from keras import ops
 
-from keras_ext import backend
+from keras_ext import arguments
 from keras_ext.optimizers.wrapper import OptimizerWrapper
 
 
@@ -67,7 +68,7 @@ class EMAOptimizer(OptimizerWrapper):
     Reference: Kingma and Ba 2015, arXiv 1412.6980, section 7.2; kexue.fm/archives/6575.
     """
 
-    tracks_weights = True
+    follows_weights = True
 
     def __init__(
         self,
@@ -76,54 +77,39 @@ class EMAOptimizer(OptimizerWrapper):
         name: str | None = None,
     ):
         super().__init__(optimizer, name=name)
-        if not 0 < momentum < 1:
-            raise ValueError(f"momentum must be between 0 and 1, got {momentum!r}.")
-        self.momentum = momentum
+        self.momentum = arguments.number("momentum", momentum, "(0, 1)")
 
-    def build(self, variables):
+    def build(self, variables: list) -> None:
         self.updates = self.add_variable((), dtype="int", name="updates")
         super().build(variables)
         self.averages = [self.add_sum_variable(v, "average") for v in self.inner_variables]
 
-    def apply(self, grads, trainable_variables=None):
-        backend.merge_replicas(self._apply, self.align(grads, trainable_variables))
+    def update(self, grads: list) -> None:
+        self.when(self.step_inner(grads), self._average)
 
-    def _apply(self, grads):
-        iterations = self.iterations + 0  # a tensor: the variable itself is about to change
-        self.apply_inner(grads, after=[iterations])
-        backend.run_if(
-            self.iterations != iterations,
-            self._average,
-            variables=self.inner_variables + self.own_variables,
-        )
-
-    def _average(self):
+    def _average(self) -> None:
         self.updates.assign_add(1)
         for average, variable in zip(self.averages, self.inner_variables, strict=True):
             difference = ops.cast(variable, average.dtype) - average
             average.assign(average + self._share(average.dtype) * difference)
 
-    def _share(self, dtype):
+    def _share(self, dtype: str) -> Any:
         """(1 - mu) / (1 - mu^t), without cancellation, and exactly 1 at t = 1."""
         t = ops.cast(self.updates, dtype)
         share = (1 - self.momentum) / -ops.expm1(t * math.log(self.momentum))
         return ops.where(self.updates > 1, share, ops.ones_like(share))
 
-    def assign_averages(self):
+    def assign_averages(self) -> None:
         """Overwrite the weights with their averages. Before the first update: do nothing."""
         if self.built and int(ops.convert_to_numpy(self.updates)) > 0:
             for average, variable in zip(self.averages, self.inner_variables, strict=True):
                 # A copy: on JAX a step that is given the weight may reuse its memory.
                 variable.assign(ops.copy(ops.cast(average, variable.dtype)))
 
-    def finalize_variable_values(self, var_list):
-        """End of `fit`: the average covers a last update, if the inner optimizer makes one."""
-        if not self.built or not backend.has_value(self.updates):
-            return  # fit failed before or in its first step: let its own error be seen
-        iterations = int(ops.convert_to_numpy(self.iterations))
-        super().finalize_variable_values(var_list)
-        if int(ops.convert_to_numpy(self.iterations)) != iterations:
+    def end_of_fit(self, finish_inner: Any) -> None:
+        """The average covers a last update, if the inner optimizer makes one."""
+        if finish_inner():
             self._average()
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"momentum": self.momentum}

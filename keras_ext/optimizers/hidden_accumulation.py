@@ -27,13 +27,13 @@ kexue.fm/archives/9512, github.com/bojone/tiger.
 """
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import keras
 from keras import ops
 
-from keras_ext import backend
-from keras_ext.optimizers.wrapper import OptimizerWrapper
+from keras_ext import arguments, backend
+from keras_ext.optimizers.base import BaseOptimizer, refuse_overwritten
+from keras_ext.optimizers.wrapper import in_doubt
 
 _MEAN = "needs the mean gradient: use AccumOptimizer(optimizer, accum_steps)"
 _CLIPPED_MEAN = (
@@ -56,36 +56,31 @@ class Moment(NamedTuple):
 
     variables: list
     decay: float
-    share: float
+    share: Any
     squared: bool = False
 
-    def add(self, grads: dict):
+    def add(self, grads: dict[int, Any]) -> None:
         """Take in the gradients of the variables with these indices."""
-        terms = grads.values()
+        terms = list(grads.values())
         if self.squared:  # a sum of repeated rows, not the rows
             terms = [ops.square(backend.densify(g)) for g in terms]
         backend.add_to([self.variables[i] for i in grads], terms, self.share)
 
 
-class MomentumAccumulation(keras.optimizers.Optimizer):
-    """The cycle of micro-batches. A subclass says what moments there are, and what a step is.
+class MomentumAccumulation(BaseOptimizer):
+    """The cycle of micro-batches. A subclass says what its moments are, and what a step is."""
 
-    Private names of Keras: `_trainable_variables`, `_use_weight_decay` (the answer to
-    `exclude_from_weight_decay`), `_filter_empty_gradients` (its warning), those of `align`.
-    """
-
-    slots = ("momentums",)
-    align = OptimizerWrapper.align
-    add_sum_variable = OptimizerWrapper.add_sum_variable
+    sums_rows = False  # they are scattered into the moments
+    slots: tuple[str, ...] = ("momentums",)
 
     def __init__(
         self,
-        learning_rate,
+        learning_rate: Any,
         accum_steps: int,
         weight_decay: float | None,
         loss_scale_factor: float | None,
         name: str | None,
-        refused: dict,
+        refused: dict[str, Any],
     ):
         for key, value in refused.items():
             if key not in REFUSED:
@@ -93,118 +88,131 @@ class MomentumAccumulation(keras.optimizers.Optimizer):
             if value:
                 raise ValueError(f"{key}={value!r} {REFUSED[key]}.")
         super().__init__(
-            learning_rate,
+            arguments.learning_rate(learning_rate),
             weight_decay=weight_decay,
             loss_scale_factor=loss_scale_factor,
             name=name,
         )
-        if isinstance(accum_steps, bool) or not isinstance(accum_steps, int) or accum_steps < 1:
-            raise ValueError(f"accum_steps must be an integer >= 1, got {accum_steps!r}.")
-        self.accum_steps = accum_steps
+        self.accum_steps = arguments.integer("accum_steps", accum_steps)
+
+    @property
+    def accumulates(self) -> bool:
+        return self.accum_steps > 1
 
     def moments(self) -> list[Moment]:
         raise NotImplementedError
 
-    def step(self, index: int, weight, rate, count):
+    def step(self, index: int, weight: Any, rate: Any, count: Any) -> Any:
         """The new weight after the cycle number `count`, whose moments are complete."""
         raise NotImplementedError
 
-    def recover(self, index: int, weight):
+    def recover(self, index: int, weight: Any) -> Any:
         """The new weight after a gradient that was not finite."""
         raise NotImplementedError
 
-    def build(self, variables):
+    def build(self, variables: list) -> None:
         if self.built:
             return
+        refuse_overwritten(self, variables)
         super().build(list(variables))
         for slot in self.slots:
-            setattr(self, slot, [self._add_moment(v, slot[:-1]) for v in variables])
+            setattr(self, slot, [self.add_sum_variable(v, slot[:-1]) for v in variables])
         self.micro_step = self.add_variable((), dtype="int", name="micro_step")
-        # Variables that never had a gradient are left alone: no decay, no momentum.
-        self._never_had_gradient = None
+        # Which variables had a gradient in this cycle; the others are left alone: no decay, no
+        # momentum. A fact of the cycle, not of a trace.
+        self.had_gradient = self.add_variable(
+            (len(variables),), dtype="bool", name="had_gradient"
+        )
 
-    def _add_moment(self, variable, name):
-        if getattr(variable, "overwrite_with_gradient", False):
-            raise ValueError(
-                f"{variable.path} takes its gradient as its value (float8 training): a mean of "
-                f"gradients has no meaning there. Train it without {type(self).__name__}."
-            )
-        return self.add_sum_variable(variable, name)
+    def update(self, grads: list) -> None:
+        self._take(grads)
 
-    def apply(self, grads, trainable_variables=None):
-        """Take in one micro-batch; every `accum_steps` of them, update."""
-        grads = self.align(grads, trainable_variables)
-        self._filter_empty_gradients(grads, self._trainable_variables)
-        # Summed over the replicas before anything is squared.
-        backend.merge_replicas(self._take, grads)
-
-    def _take(self, grads, finite=None):
+    def _take(self, grads: list, finite: list | None = None) -> None:
         """One micro-batch. Where `finite[i]` is false, variable `i` only recovers."""
-        absent = {i for i, g in enumerate(grads) if g is None}
-        seen_before = self._never_had_gradient
-        self._never_had_gradient = absent if seen_before is None else seen_before & absent
         present = {i: self._unscaled(g, i) for i, g in enumerate(grads) if g is not None}
         moments = self.moments()
+        first = ops.equal(self.micro_step, 0)
+        before = ops.logical_and(self.had_gradient, ops.logical_not(first))
+        given = [ops.convert_to_tensor(self._is_given(i, g)) for i, g in enumerate(grads)]
+        now = ops.logical_or(before, ops.stack(given))
+        self.had_gradient.assign(now)
+        fresh = ops.logical_and(now, ops.logical_not(before))
 
         # A moment is written before the conditional that reads it, never in it, and only one
         # conditional writes a weight: so XLA needs no copies.
         def decay():
             for moment in moments:
-                for i, m in enumerate(moment.variables):
-                    new = moment.decay * m.value
-                    m.assign(new if finite is None else ops.where(finite[i], new, m.value))
+                for i in present:
+                    m = moment.variables[i]
+                    due = fresh[i] if finite is None else ops.logical_and(fresh[i], finite[i])
+                    m.assign(m.value * ops.cast(ops.where(due, moment.decay, 1.0), m.dtype))
 
-        backend.run_if(
-            ops.equal(self.micro_step, 0),
-            decay,
-            variables=[m for moment in moments for m in moment.variables],
-        )
+        self.when(ops.any(fresh), decay)
         for moment in moments:
             moment.add(present)
         self.micro_step.assign_add(1)
         last = self.micro_step >= self.accum_steps
         any_bad = False if finite is None else ops.logical_not(ops.all(ops.stack(finite)))
-        backend.run_if(
-            ops.logical_or(last, any_bad),
-            lambda: self._update(last, finite),
-            variables=self._trainable_variables + self.variables,
+        self.when(
+            ops.logical_or(last, any_bad), lambda: self._update(last, finite, list(present))
         )
 
-    def _unscaled(self, grad, index):
+    def _is_given(self, index: int, grad: Any) -> Any:
+        if grad is None:
+            return False
+        flag = in_doubt(self.model_variables[index])
+        return True if flag is None else flag
+
+    def _unscaled(self, grad: Any, index: int) -> Any:
         def unscale(g):
             g = ops.cast(g, self.momentums[index].dtype)
             return g if self.loss_scale_factor is None else g / self.loss_scale_factor
 
         return backend.map_values(unscale, grad)
 
-    def _update(self, last, finite):
-        for i, variable in enumerate(self._trainable_variables):
-            if i in self._never_had_gradient:
-                continue
-            dtype = self.momentums[i].dtype
-            weight = ops.cast(variable.value, dtype)
-            rate = ops.cast(self.learning_rate, dtype)
-            count = ops.cast(self.iterations + 1, dtype)
-            new = self.step(i, weight, rate, count)
-            if finite is not None:
-                new = ops.where(last, new, weight)
-                new = ops.where(finite[i], new, self.recover(i, weight))
-            variable.assign(new)
-            if variable.constraint is not None:
-                variable.assign(variable.constraint(variable))
+    def _update(self, last: Any, finite: list | None, present: list[int]) -> None:
+        variables = self.model_variables
+        # Of those without a gradient now, the state tells whether they had one in the cycle.
+        others = [i for i in range(len(variables)) if i not in set(present)]
+        others = [i for i in others if variables[i].trainable]
+        doubtful = [i for i in present if in_doubt(variables[i]) is not None]
+        for i in present:
+            self._step_one(i, last, finite, self.had_gradient[i] if i in doubtful else True)
+        if others:
+            had = [self.had_gradient[i] for i in others]
+
+            def step_others():
+                for i in others:
+                    self._step_one(i, last, finite, self.had_gradient[i])
+
+            self.when(ops.any(ops.stack(had)), step_others)
         self.iterations.assign_add(ops.cast(last, self.iterations.dtype))
         self.micro_step.assign(ops.where(last, 0, self.micro_step.value))
 
-    def _decayed(self, index, weight, rate):
+    def _step_one(self, index: int, last: Any, finite: list | None, had: Any) -> None:
+        variable = self.model_variables[index]
+        dtype = self.momentums[index].dtype
+        weight = ops.cast(variable.value, dtype)
+        rate = ops.cast(self.learning_rate, dtype)
+        count = ops.cast(self.iterations + 1, dtype)
+        new = self.step(index, weight, rate, count)
+        if finite is not None:
+            new = ops.where(last, new, weight)
+            new = ops.where(finite[index], new, self.recover(index, weight))
+        certain = isinstance(had, bool)
+        variable.assign(new if certain else ops.where(had, new, weight))
+        if variable.constraint is not None:
+            value = variable.constraint(variable)
+            variable.assign(value if certain else ops.where(had, value, variable.value))
+
+    def _decayed(self, index: int, weight: Any, rate: Any) -> Any:
         """Decoupled weight decay, as in `keras.optimizers`: before the step."""
-        if self.weight_decay and self._use_weight_decay(self._trainable_variables[index]):
+        if self.weight_decay and self.decays(self.model_variables[index]):
             return weight - weight * self.weight_decay * rate
         return weight
 
-    def finalize_variable_values(self, var_list):
-        """End of `fit`: what the moments took in cannot be told apart any more, so it stays."""
-        if not self.built or not backend.has_value(self.micro_step):
-            return  # fit failed before or in its first step: let its own error be seen
+    def end_of_fit(self, finish_inner: Any) -> None:
+        """What the moments took in cannot be told apart any more, so it stays."""
         pending = int(ops.convert_to_numpy(self.micro_step))
         if pending:
             warnings.warn(
@@ -213,13 +221,7 @@ class MomentumAccumulation(keras.optimizers.Optimizer):
                 stacklevel=2,
             )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         keys = ("name", "learning_rate", "weight_decay", "loss_scale_factor")
         return {key: config[key] for key in keys} | {"accum_steps": self.accum_steps}
-
-
-def checked_decay(name, value):
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {value!r}.")
-    return value

@@ -21,13 +21,15 @@ kexue.fm/archives/7094.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
 
+from keras_ext.optimizers import nesting
 from keras_ext.optimizers.multipliers import MultiplierOptimizer
-from keras_ext.optimizers.patterns import as_patterns, matched
-from keras_ext.optimizers.wrapper import UpdateWrapper
+from keras_ext.optimizers.selection import Selectable, Selection
+from keras_ext.optimizers.update_wrapper import UpdateWrapper
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
@@ -38,17 +40,18 @@ class LayerAdaptiveOptimizer(UpdateWrapper):
 
     Args:
         optimizer: the `keras.optimizers.Optimizer` to wrap, or its name.
-        exclude: regular expressions, one or several, searched in `variable.path`; variables
-            that match take the plain step of the inner optimizer. Default: none, as in the
-            article and in `keras.optimizers.Lamb`. Google's LAMB for BERT excludes biases and
-            layer norms: r"(bias|gamma|beta)$".
+        exclude: variables that take the plain step of the inner optimizer: regular expressions
+            searched in `variable.path`, layers, variables, or a list of these. Default: none,
+            as in the article and in `keras.optimizers.Lamb`. Google's LAMB for BERT excludes
+            biases and layer norms: r"(bias|gamma|beta)$".
         name: name of the wrapper.
 
     `MultiplierOptimizer` goes outside: inside, the ratio would cancel its multipliers.
 
     Raises:
-        ValueError: the optimizer inside has no learning rate of its own (`MultiOptimizer`), or
-            there is a `MultiplierOptimizer` inside; when built, a pattern matches nothing.
+        ValueError: there are several learning rates inside (`MultiOptimizer`,
+            `PeriodicOptimizer`), or there is a `MultiplierOptimizer`; when built, a part of
+            `exclude` matches nothing.
 
     Example:
         >>> lamb = LayerAdaptiveOptimizer(keras.optimizers.AdamW(1e-3), exclude=r"bias$")
@@ -61,43 +64,44 @@ class LayerAdaptiveOptimizer(UpdateWrapper):
     def __init__(
         self,
         optimizer: keras.optimizers.Optimizer | str,
-        exclude: str | Sequence[str] = (),
+        exclude: Selectable | Sequence[Selectable] | None = None,
         name: str | None = None,
     ):
         super().__init__(optimizer, name=name)
-        self.exclude = as_patterns("exclude", exclude)
-        for inner in self.inner_optimizers():
-            if not hasattr(inner, "learning_rate"):
-                raise ValueError(
-                    f"{type(inner).__name__} has no single learning rate to adapt. Put a "
-                    "LayerAdaptiveOptimizer around each optimizer in it."
-                )
-            if isinstance(inner, MultiplierOptimizer):
-                raise ValueError(
-                    "the trust ratio cancels the multipliers inside. Put the "
-                    "MultiplierOptimizer outside."
-                )
+        self.exclude = Selection("exclude", exclude)
+        nesting.refuse(
+            self,
+            lambda inner: not nesting.has_one_rate(inner),
+            "{kind} {name!r} has no single learning rate to adapt. Put a "
+            "LayerAdaptiveOptimizer around each optimizer in it.",
+        )
+        nesting.refuse(
+            self,
+            lambda inner: isinstance(inner, MultiplierOptimizer),
+            "the trust ratio cancels the multipliers of {name!r} inside. Put the "
+            "MultiplierOptimizer outside.",
+        )
 
-    def build(self, variables):
-        self._excluded = {i for p in self.exclude for i in matched("exclude", p, variables)}
+    def build(self, variables: list) -> None:
+        self._excluded = frozenset(self.exclude.indices(variables))
         super().build(variables)
 
-    def rewrites(self, index):
+    def rewrites(self, index: int) -> bool:
         return index not in self._excluded
 
-    def before_step(self):
+    def before_step(self) -> Any:
         return ops.convert_to_tensor(self.learning_rate)
 
-    def rewrite(self, index, old, new, grad, before):
+    def rewrite(self, index: int, old: Any, new: Any, grad: Any, before: Any) -> Any:
         step = new - old
         weight_norm, step_norm = _norm(old), _norm(step)
         adapt = ops.logical_and(weight_norm > 0, step_norm > 0)
         ratio = ops.cast(before, old.dtype) * weight_norm / ops.where(adapt, step_norm, 1)
         return ops.where(adapt, old + ratio * step, new)
 
-    def get_config(self):
-        return super().get_config() | {"exclude": self.exclude}
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"exclude": self.exclude.config()}
 
 
-def _norm(tensor):
+def _norm(tensor: Any) -> Any:
     return ops.sqrt(ops.sum(ops.square(tensor)))

@@ -20,12 +20,14 @@ Source: bert4keras `extend_with_lazy_optimization`; kexue.fm/archives/6869.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
 
-from keras_ext.optimizers.patterns import as_patterns, matched, some
-from keras_ext.optimizers.wrapper import UpdateWrapper
+from keras_ext.optimizers import nesting
+from keras_ext.optimizers.selection import Selectable, Selection, some
+from keras_ext.optimizers.update_wrapper import UpdateWrapper
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
@@ -36,9 +38,10 @@ class LazyOptimizer(UpdateWrapper):
 
     Args:
         optimizer: the `keras.optimizers.Optimizer` to wrap, or its name.
-        patterns: regular expressions, one or several, searched in `variable.path`. Of the
-            variables that match, those of two dimensions are lazy. Default r"embeddings$", the
-            name of the table in `keras.layers.Embedding` and in `keras_ext.layers`.
+        include: which variables, of which those of two dimensions are lazy: regular expressions
+            searched in `variable.path`, layers, variables, or a list of these. Default
+            r"embeddings$", the name of the table in `keras.layers.Embedding` and in
+            `keras_ext.layers`.
         name: name of the wrapper.
 
     Accumulation goes outside, `AccumOptimizer(LazyOptimizer(...), k)`: the tokens of an update
@@ -60,43 +63,40 @@ class LazyOptimizer(UpdateWrapper):
     def __init__(
         self,
         optimizer: keras.optimizers.Optimizer | str,
-        patterns: str | Sequence[str] = r"embeddings$",
+        include: Selectable | Sequence[Selectable] = r"embeddings$",
         name: str | None = None,
     ):
         super().__init__(optimizer, name=name)
-        self.patterns = as_patterns("patterns", patterns)
-        for inner in self.inner_optimizers():
-            steps = getattr(inner, "accum_steps", None) or inner.gradient_accumulation_steps
-            if steps and steps > 1:
-                raise ValueError(
-                    f"optimizer {inner.name!r} accumulates {steps} micro-batches, and the rows "
-                    "of the last are not those of all. Put the accumulation outside: "
-                    "AccumOptimizer(LazyOptimizer(optimizer), accum_steps)."
-                )
+        self.include = Selection("include", include)
+        nesting.refuse(
+            self,
+            nesting.accumulates,
+            "optimizer {name!r} accumulates micro-batches, and the rows of the last are not "
+            "those of all. Put the accumulation outside: "
+            "AccumOptimizer(LazyOptimizer(optimizer), accum_steps).",
+        )
 
-    def build(self, variables):
-        found = {
-            i for pattern in self.patterns for i in matched("patterns", pattern, variables)
-        }
-        self._tables = {i for i in found if len(variables[i].shape) == 2}
+    def build(self, variables: list) -> None:
+        found = self.include.indices(variables)
+        self._tables = frozenset(i for i in found if len(variables[i].shape) == 2)
         if not self._tables:
             raise ValueError(
-                f"patterns: {self.patterns} match no variable of two dimensions, only "
-                f"{some([variables[i].path for i in sorted(found)])}. Name the tables."
+                f"include: {self.include.config()} match no variable of two dimensions, only "
+                f"{some([variables[i].path for i in found])}. Name the tables."
             )
         super().build(variables)
 
-    def rewrites(self, index):
+    def rewrites(self, index: int) -> bool:
         return index in self._tables
 
-    def constrains(self, index):
+    def constrains(self, index: int) -> bool:
         return False  # or it would move the rows that are to stay
 
-    def rewrite(self, index, old, new, grad, before):
+    def rewrite(self, index: int, old: Any, new: Any, grad: Any, before: Any) -> Any:
         if grad is None:
             return old
         present = ops.any(grad != 0, axis=1, keepdims=True)  # (rows, 1)
         return ops.where(present, new, old)
 
-    def get_config(self):
-        return super().get_config() | {"patterns": self.patterns}
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"include": self.include.config()}

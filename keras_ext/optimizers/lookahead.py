@@ -20,11 +20,13 @@ so are the statistics of batch normalisation, which follow p.
 Source: Zhang et al. 2019, arXiv 1907.08610; kexue.fm/archives/6869.
 """
 
+from typing import Any
+
 import keras
 from keras import ops
 
-from keras_ext import backend
-from keras_ext.optimizers.wrapper import UpdateWrapper
+from keras_ext import arguments
+from keras_ext.optimizers.update_wrapper import UpdateWrapper
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
@@ -61,7 +63,7 @@ class LookaheadOptimizer(UpdateWrapper):
     Reference: Zhang et al. 2019, arXiv 1907.08610; kexue.fm/archives/6869.
     """
 
-    tracks_weights = True
+    follows_weights = True
 
     def __init__(
         self,
@@ -71,34 +73,28 @@ class LookaheadOptimizer(UpdateWrapper):
         name: str | None = None,
     ):
         super().__init__(optimizer, name=name)
-        if isinstance(sync_period, bool) or not isinstance(sync_period, int) or sync_period < 1:
-            raise ValueError(f"sync_period must be an integer >= 1, got {sync_period!r}.")
-        if not 0 < slow_step_size <= 1:
-            raise ValueError(f"slow_step_size must be in (0, 1], got {slow_step_size!r}.")
-        self.sync_period = sync_period
-        self.slow_step_size = slow_step_size
+        self.sync_period = arguments.integer("sync_period", sync_period)
+        self.slow_step_size = arguments.number("slow_step_size", slow_step_size, "(0, 1]")
 
-    def build(self, variables):
+    def build(self, variables: list) -> None:
         self.cycle_step = self.add_variable((), dtype="int", name="cycle_step")
         super().build(variables)
         self.slow_weights = [self.add_sum_variable(v, "slow") for v in self.inner_variables]
 
-    def _apply(self, grads):
-        state = self.inner_variables + self.own_variables
-        started = backend.run_if(self.cycle_step == 0, self._start, variables=state)
-        updates = self.iterations + 0  # a tensor: the variable itself is about to change
-        self.apply_inner(grads, after=[started, updates])
-        self.cycle_step.assign_add(ops.cast(self.iterations != updates, self.cycle_step.dtype))
-        backend.run_if(self.cycle_step >= self.sync_period, self._sync, variables=state)
+    def update(self, grads: list) -> None:
+        started = self.when(self.cycle_step == 0, self._start)
+        updated = self.step_inner(grads, after=[started])
+        self.cycle_step.assign_add(ops.cast(updated, self.cycle_step.dtype))
+        self.when(self.cycle_step >= self.sync_period, self._sync)
 
-    def _start(self):
+    def _start(self) -> None:
         """q <- p; but where p is still q rounded to bfloat16, keep the digits of q."""
         for slow, variable in zip(self.slow_weights, self.inner_variables, strict=True):
             q, p = slow.value, variable.value
             unmoved = ops.equal(ops.cast(q, variable.dtype), p)
             slow.assign(ops.where(unmoved, q, ops.cast(p, slow.dtype)))
 
-    def _sync(self):
+    def _sync(self) -> None:
         for slow, variable in zip(self.slow_weights, self.inner_variables, strict=True):
             q, p = slow.value, ops.cast(variable.value, slow.dtype)
             # q + a (p - q), written from p: exactly p for a = 1, and where p = q.
@@ -110,17 +106,13 @@ class LookaheadOptimizer(UpdateWrapper):
                 variable.assign(variable.constraint(variable))
         self.cycle_step.assign(ops.zeros((), self.cycle_step.dtype))
 
-    def finalize_variable_values(self, var_list):
-        """End of `fit`: a last sync, after what the inner optimizer has left to do."""
-        if not self.built or not backend.has_value(self.cycle_step):
-            return  # fit failed before or in its first step: let its own error be seen
+    def end_of_fit(self, finish_inner: Any) -> None:
+        """A last sync, after what the inner optimizer has left to do."""
         begun = int(ops.convert_to_numpy(self.cycle_step)) > 0
-        updates = int(ops.convert_to_numpy(self.iterations))
-        super().finalize_variable_values(var_list)
-        if begun or int(ops.convert_to_numpy(self.iterations)) != updates:
+        if finish_inner() or begun:
             self._sync()
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return super().get_config() | {
             "sync_period": self.sync_period,
             "slow_step_size": self.slow_step_size,

@@ -3,14 +3,13 @@
 How, and what of it is exact: see hidden_accumulation.py. Source: kexue.fm/archives/8634.
 """
 
+from typing import Any
+
 import keras
 from keras import ops
 
-from keras_ext.optimizers.hidden_accumulation import (
-    Moment,
-    MomentumAccumulation,
-    checked_decay,
-)
+from keras_ext import arguments
+from keras_ext.optimizers.hidden_accumulation import Moment, MomentumAccumulation
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
@@ -43,32 +42,32 @@ class MomentumAccumSGD(MomentumAccumulation):
 
     def __init__(
         self,
-        learning_rate,
+        learning_rate: Any,
         momentum: float,
         accum_steps: int,
         weight_decay: float | None = None,
         loss_scale_factor: float | None = None,
         name: str | None = None,
-        **refused,
+        **refused: Any,
     ):
         super().__init__(
             learning_rate, accum_steps, weight_decay, loss_scale_factor, name, refused
         )
-        if not 0 < momentum < 1:
+        if momentum == 0:
             raise ValueError(
-                f"momentum must be between 0 and 1, got {momentum!r}. Without momentum there "
-                "is nothing to accumulate in: use AccumOptimizer(SGD(...), accum_steps)."
+                "momentum must be a number in (0, 1), got 0. Without momentum there is nothing "
+                "to accumulate in: use AccumOptimizer(SGD(...), accum_steps)."
             )
-        self.momentum = momentum
+        self.momentum = arguments.number("momentum", momentum, "(0, 1)")
 
-    def moments(self):
+    def moments(self) -> list[Moment]:
         share = -self.learning_rate / self.accum_steps
         return [Moment(self.momentums, self.momentum, share)]
 
-    def step(self, index, weight, rate, count):
+    def step(self, index: int, weight: Any, rate: Any, count: Any) -> Any:
         return self._decayed(index, weight, rate) + self.momentums[index].value
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"momentum": self.momentum}
 
 
@@ -111,7 +110,7 @@ class MomentumAccumAdam(MomentumAccumulation):
 
     def __init__(
         self,
-        learning_rate,
+        learning_rate: Any,
         accum_steps: int,
         beta_1: float = 0.9,
         beta_2: float = 0.999,
@@ -119,30 +118,28 @@ class MomentumAccumAdam(MomentumAccumulation):
         weight_decay: float | None = None,
         loss_scale_factor: float | None = None,
         name: str | None = None,
-        **refused,
+        **refused: Any,
     ):
         super().__init__(
             learning_rate, accum_steps, weight_decay, loss_scale_factor, name, refused
         )
-        self.beta_1 = checked_decay("beta_1", beta_1)
-        self.beta_2 = checked_decay("beta_2", beta_2)
-        if not epsilon >= 0:
-            raise ValueError(f"epsilon must be >= 0, got {epsilon!r}.")
-        self.epsilon = epsilon
+        self.beta_1 = arguments.number("beta_1", beta_1, "[0, 1)")
+        self.beta_2 = arguments.number("beta_2", beta_2, "[0, 1)")
+        self.epsilon = arguments.number("epsilon", epsilon, "[0, inf)")
 
-    def moments(self):
+    def moments(self) -> list[Moment]:
         b1, b2, k = self.beta_1, self.beta_2, self.accum_steps
         return [
             Moment(self.momentums, b1, (1 - b1) / k),
             Moment(self.velocities, b2, (1 - b2) / k, squared=True),
         ]
 
-    def step(self, index, weight, rate, count):
+    def step(self, index: int, weight: Any, rate: Any, count: Any) -> Any:
         m, v = self.momentums[index].value, self.velocities[index].value
         alpha = rate * ops.sqrt(1 - self.beta_2**count) / (1 - self.beta_1**count)
         return self._decayed(index, weight, rate) - alpha * m / (ops.sqrt(v) + self.epsilon)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         keys = ("beta_1", "beta_2", "epsilon")
         return super().get_config() | {key: getattr(self, key) for key in keys}
 
@@ -173,7 +170,7 @@ class MomentumAccumAdamW(MomentumAccumAdam):
 
     def __init__(
         self,
-        learning_rate,
+        learning_rate: Any,
         accum_steps: int,
         weight_decay: float = 0.004,
         beta_1: float = 0.9,
@@ -181,7 +178,7 @@ class MomentumAccumAdamW(MomentumAccumAdam):
         epsilon: float = 1e-7,
         loss_scale_factor: float | None = None,
         name: str | None = None,
-        **refused,
+        **refused: Any,
     ):
         super().__init__(
             learning_rate,
@@ -224,7 +221,7 @@ class MomentumAccumLamb(MomentumAccumAdam):
     Reference: kexue.fm/archives/8634; You et al. 2020, arXiv 1904.00962.
     """
 
-    def step(self, index, weight, rate, count):
+    def step(self, index: int, weight: Any, rate: Any, count: Any) -> Any:
         m, v = self.momentums[index].value, self.velocities[index].value
         m, v = m / (1 - self.beta_1**count), v / (1 - self.beta_2**count)
         weight = self._decayed(index, weight, rate)
@@ -234,5 +231,5 @@ class MomentumAccumLamb(MomentumAccumAdam):
         return weight - ratio * rate * update
 
 
-def _norm(x):
+def _norm(x: Any) -> Any:
     return ops.sqrt(ops.sum(x * x))

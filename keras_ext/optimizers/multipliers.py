@@ -27,14 +27,15 @@ Source: kexue.fm/archives/6418; bert4keras `extend_with_parameter_wise_lr`; Howa
 2018, arXiv 1801.06146 (discriminative fine-tuning).
 """
 
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 
-from keras_ext.optimizers.patterns import as_patterns, matched, some
-from keras_ext.optimizers.wrapper import UpdateWrapper
+from keras_ext import arguments
+from keras_ext.optimizers.selection import Selectable, Selection, shown, some
+from keras_ext.optimizers.update_wrapper import UpdateWrapper
 
 # What `keras_ext.models` calls its layers; a nested model may stand before them in a path.
 BLOCK = re.compile(r"(?:^|/)encoder_(\d+)/")
@@ -51,19 +52,22 @@ class MultiplierOptimizer(UpdateWrapper):
         optimizer: the `keras.optimizers.Optimizer` to wrap, or its name.
         multipliers: a dictionary of multipliers 0 <= m < inf. A key is a regular expression
             that is searched in `variable.path`, such as "classifier/" or r"bias$", or a layer
-            (or model), which stands for all its variables. Other variables have m = 1. m = 0
-            freezes, bit for bit; the state of the inner optimizer moves on all the same.
+            (or model), which stands for all its variables. Also a list of pairs (key,
+            multiplier), in which a key may be a variable, or a list of all these. Other
+            variables have m = 1. m = 0 freezes, bit for bit; the state of the inner optimizer
+            moves on all the same.
         name: name of the wrapper.
 
     Attributes:
-        multipliers: the same with a pattern of exact paths for each layer, as it is saved.
+        multipliers: the same as pairs (regular expressions, multiplier), as it is saved.
 
     A variable that two keys match is an error: "encoder_1" also matches encoder_10. Write
     "encoder_1/". To multiply multipliers, wrap twice. (bert4keras multiplies.)
 
     Raises:
-        ValueError: a key or a multiplier is none; when built, a key matches no variable or two
-            keys match one, or a variable outside a layer has the path of one inside.
+        ValueError: a key chooses no variables, or a multiplier is out of range; when built, a
+            key matches no variable or two keys match one, or a variable outside a layer has the
+            path of one inside.
 
     Example:
         >>> optimizer = MultiplierOptimizer(keras.optimizers.Adam(1e-3), {"kernel": 0.1})
@@ -76,48 +80,54 @@ class MultiplierOptimizer(UpdateWrapper):
     def __init__(
         self,
         optimizer: keras.optimizers.Optimizer | str,
-        multipliers: Mapping[str | keras.layers.Layer, float],
+        multipliers: Mapping[Any, float] | Sequence[tuple[Any, float]],
         name: str | None = None,
     ):
         super().__init__(optimizer, name=name)
-        if not isinstance(multipliers, Mapping):
+        if isinstance(multipliers, Mapping):
+            multipliers = list(multipliers.items())
+        if isinstance(multipliers, str) or not all(map(_is_pair, multipliers)):
             raise ValueError(
-                f"multipliers must be a dictionary pattern -> multiplier, got {multipliers!r}."
+                "multipliers must be a dictionary {regular expression or layer: multiplier}, "
+                f"or a list of such pairs, got {multipliers!r}."
             )
-        for key, multiplier in multipliers.items():
-            _check(key, multiplier)
-        # A layer has no paths before it is built, so layers stay in here until `build`.
-        self._items = [(key, float(m)) for key, m in multipliers.items()]
+        # A layer has no paths before it is built, so layers stay in the selections. (A tuple,
+        # as Keras would take variables in a list for the state of the optimizer.)
+        self._items = tuple(
+            (Selection("keys of multipliers", key), _multiplier(key, m))
+            for key, m in multipliers
+        )
 
     @property
-    def multipliers(self) -> dict[str, float]:
-        return {_pattern(key): multiplier for key, multiplier in self._items}
+    def multipliers(self) -> list[list]:
+        return [[selection.config(), multiplier] for selection, multiplier in self._items]
 
-    def build(self, variables):
-        factors, owner = [1.0] * len(variables), {}
-        for key, multiplier in self._items:
-            for i in _matched(key, variables):
+    def build(self, variables: list) -> None:
+        factors = [1.0] * len(variables)
+        owner: dict[int, list] = {}
+        for selection, multiplier in self._items:
+            for i in selection.indices(variables):
                 if i in owner:
                     raise ValueError(
-                        f"multipliers: {_shown(owner[i])} and {_shown(key)} both match "
-                        f"{variables[i].path}. Make them disjoint, or wrap twice to multiply."
+                        f"multipliers: {shown(owner[i])} and {shown(selection.parts)} both "
+                        f"match {variables[i].path}. Make them disjoint, or wrap twice to "
+                        "multiply."
                     )
-                factors[i], owner[i] = multiplier, key
-        self._items = list(self.multipliers.items())
+                factors[i], owner[i] = multiplier, selection.parts
         self._factors = factors
         super().build(variables)
 
-    def rewrites(self, index):
+    def rewrites(self, index: int) -> bool:
         return self._factors[index] != 1
 
-    def constrains(self, index):
+    def constrains(self, index: int) -> bool:
         return self._factors[index] != 0  # frozen bit for bit
 
-    def rewrite(self, index, old, new, grad, before):
+    def rewrite(self, index: int, old: Any, new: Any, grad: Any, before: Any) -> Any:
         multiplier = self._factors[index]
         return old + multiplier * (new - old) if multiplier else old
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"multipliers": self.multipliers}
 
 
@@ -171,42 +181,9 @@ def layerwise_decay(model: keras.Model, decay: float) -> dict[str, float]:
     }
 
 
-def _check(key, multiplier):
-    if not isinstance(key, keras.layers.Layer):
-        as_patterns("keys of multipliers", [key])
-    number = isinstance(multiplier, (int, float)) and not isinstance(multiplier, bool)
-    if not number or not 0 <= multiplier < math.inf:
-        raise ValueError(
-            f"multipliers must be numbers, 0 <= m < inf, got {multiplier!r} for {key!r}."
-        )
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, (tuple, list)) and len(item) == 2
 
 
-def _pattern(key):
-    """The key as a regular expression; of a layer, exactly the paths of its weights."""
-    if isinstance(key, str):
-        return key
-    if not key.weights:
-        raise ValueError(
-            f"multipliers: {_shown(key)} has no weights yet. Build the model first, or use a "
-            "pattern."
-        )
-    return f"^({'|'.join(re.escape(w.path) for w in key.weights)})$"
-
-
-def _matched(key, variables):
-    """The variables, by index, that a key stands for."""
-    indices = matched("multipliers", _pattern(key), variables)
-    if not isinstance(key, str):
-        inside = {id(w) for w in key.weights}
-        for i in indices:
-            if id(variables[i]) not in inside:
-                raise ValueError(
-                    f"multipliers: two variables have the path {variables[i].path}, one in "
-                    f"{_shown(key)} and one outside, so that a saved optimizer could not tell "
-                    "them apart. Give their layers different names."
-                )
-    return indices
-
-
-def _shown(key):
-    return repr(key) if isinstance(key, str) else f"layer {key.name!r}"
+def _multiplier(key: Selectable, multiplier: float) -> float:
+    return arguments.number(f"the multiplier of {shown(key)}", multiplier, "[0, inf)")

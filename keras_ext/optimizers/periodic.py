@@ -17,14 +17,16 @@ discriminator, these steps cost 2 F_G + F_D more than they have to, of 3 F_G + 7
 Source: Arjovsky et al. 2017, arXiv 1701.07875 (five); Su 2018, arXiv 1811.07296 (two).
 """
 
-import re
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_ext import backend
-from keras_ext.optimizers.patterns import as_patterns, matched
+from keras_ext import arguments
+from keras_ext.optimizers import nesting
+from keras_ext.optimizers.base import carries_batch_weight
+from keras_ext.optimizers.selection import Selectable, Selection
 from keras_ext.optimizers.wrapper import OptimizerWrapper
 
 
@@ -36,8 +38,8 @@ class PeriodicOptimizer(OptimizerWrapper):
         optimizer: the `keras.optimizers.Optimizer` of the variables that are not slow, or its
             name. `learning_rate` and `iterations` are its own.
         slow_optimizer: that of the slow ones. An object of its own, not the same twice.
-        slow: which variables are slow: a layer or a model, or a regular expression that is
-            searched in `variable.path`.
+        slow: which variables are slow: regular expressions searched in `variable.path`, layers
+            or models, variables, or a list of these.
         period: k >= 1, in steps. The slow update comes at the end of a period.
         name: name of the wrapper.
 
@@ -52,11 +54,13 @@ class PeriodicOptimizer(OptimizerWrapper):
     Reference: Su 2018, arXiv 1811.07296.
     """
 
+    branch_names = ("inner_optimizer", "slow_optimizer")
+
     def __init__(
         self,
         optimizer: keras.optimizers.Optimizer | str,
         slow_optimizer: keras.optimizers.Optimizer | str,
-        slow: str | keras.layers.Layer,
+        slow: Selectable | Sequence[Selectable],
         period: int = 2,
         name: str | None = None,
     ) -> None:
@@ -67,81 +71,52 @@ class PeriodicOptimizer(OptimizerWrapper):
                 "slow_optimizer must be another object than optimizer, got the same one. "
                 "Create two: each keeps the moments of its own variables."
             )
-        if isinstance(period, bool) or not isinstance(period, int) or period < 1:
-            raise ValueError(f"period must be an integer >= 1, got {period!r}.")
-        if not isinstance(slow, keras.layers.Layer):
-            as_patterns("slow", [slow])
-        self._slow = slow  # a layer has no paths before it is built
-        self.period = period
-
-    @property
-    def slow(self) -> str:
-        """As a regular expression, of a layer one for exactly its paths; so it is saved."""
-        if isinstance(self._slow, str):
-            return self._slow
-        return f"^({'|'.join(re.escape(w.path) for w in self._slow.weights)})$"
+        self.slow = Selection("slow", slow)
+        self.period = arguments.integer("period", period)
 
     def build(self, variables: list) -> None:
-        chosen = matched("slow", self.slow, variables)
-        if len(chosen) == len(variables):
+        # Both sides may accumulate by the weight of the batch.
+        carriers = {i for i, v in enumerate(variables) if carries_batch_weight(v)}
+        slow = set(self.slow.indices(variables)) - carriers
+        fast = set(range(len(variables))) - slow - carriers
+        if not slow or not fast:
             raise ValueError(
-                f"slow must leave variables to the optimizer, {self._slow!r} is all of them."
+                "slow must choose some variables and leave others to optimizer, "
+                f"{self.slow.config()} is {'all' if slow else 'none'} of them."
             )
-        if not isinstance(self._slow, str):
-            inside = {id(w) for w in self._slow.weights}
-            if any(id(variables[i]) not in inside for i in chosen):
-                raise ValueError(
-                    f"slow: variables outside of {self._slow.name!r} have the same paths as "
-                    "some inside. Give their layers different names."
-                )
-        self._slow_indices = chosen
-        self._fast_indices = [i for i in range(len(variables)) if i not in chosen]
+        self._fast_indices = sorted(fast | _taken(carriers, self.inner_optimizer))
+        self._slow_indices = sorted(slow | _taken(carriers, self.slow_optimizer))
         self.step = self.add_variable((), dtype="int", name="step")
         super().build(variables)
         self.slow_optimizer.build(self.slow_variables)
 
     @property
     def inner_variables(self) -> list:
-        return [self._trainable_variables[i] for i in self._fast_indices]
+        return [self.model_variables[i] for i in self._fast_indices]
 
     @property
     def slow_variables(self) -> list:
-        return [self._trainable_variables[i] for i in self._slow_indices]
+        return [self.model_variables[i] for i in self._slow_indices]
 
-    @property
-    def variables(self) -> list:
-        return super().variables + self.slow_optimizer.variables
-
-    def apply(self, grads: list, trainable_variables: list | None = None) -> None:
-        backend.merge_replicas(self._apply, self.align(grads, trainable_variables))
-
-    def _apply(self, grads: list) -> None:
-        self.apply_inner([grads[i] for i in self._fast_indices])
+    def update(self, grads: list) -> None:
+        self.step_inner([grads[i] for i in self._fast_indices])
         slow_grads = [grads[i] for i in self._slow_indices]
         self.step.assign_add(1)
-        backend.run_if(
+        self.when(
             ops.equal(self.step % self.period, 0),
-            lambda: backend.apply_gradients(
-                self.slow_optimizer, slow_grads, self.slow_variables
-            ),
-            variables=self.slow_variables + self.slow_optimizer.variables,
+            lambda: self.step_branch(self.slow_optimizer, slow_grads, self.slow_variables),
         )
 
-    @OptimizerWrapper.loss_scale_factor.setter
-    def loss_scale_factor(self, value: Any) -> None:
-        for name in ("inner_optimizer", "slow_optimizer"):
-            if hasattr(self, name):
-                getattr(self, name).loss_scale_factor = value
-
-    def finalize_variable_values(self, var_list: list) -> None:
-        super().finalize_variable_values(var_list)
-        known = {id(v) for v in self.slow_variables}
-        self.slow_optimizer.finalize_variable_values([v for v in var_list if id(v) in known])
+    def _finish_inner(self, var_list: Any) -> bool:
+        updated = super()._finish_inner(var_list)
+        before = int(ops.convert_to_numpy(self.slow_optimizer.iterations))
+        self.finish_branch(self.slow_optimizer, self.slow_variables, var_list)
+        return updated or int(ops.convert_to_numpy(self.slow_optimizer.iterations)) != before
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {
             "slow_optimizer": keras.saving.serialize_keras_object(self.slow_optimizer),
-            "slow": self.slow,
+            "slow": self.slow.config(),
             "period": self.period,
         }
 
@@ -151,3 +126,9 @@ class PeriodicOptimizer(OptimizerWrapper):
             config["slow_optimizer"], custom_objects=custom_objects
         )
         return super().from_config(config | {"slow_optimizer": slow_optimizer}, custom_objects)
+
+
+def _taken(carriers: set[int], optimizer: keras.optimizers.Optimizer) -> set[int]:
+    """The carriers of the batch weight, where something inside takes it as such."""
+    takes = any(getattr(o, "takes_batch_weight", False) for o in nesting.chain(optimizer))
+    return carriers if takes else set()

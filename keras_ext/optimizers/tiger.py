@@ -9,16 +9,13 @@ Source: kexue.fm/archives/9512, github.com/bojone/tiger.
 """
 
 import re
+from typing import Any
 
 import keras
 from keras import ops
 
-from keras_ext import backend
-from keras_ext.optimizers.hidden_accumulation import (
-    Moment,
-    MomentumAccumulation,
-    checked_decay,
-)
+from keras_ext import arguments, backend
+from keras_ext.optimizers.hidden_accumulation import Moment, MomentumAccumulation
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
@@ -58,28 +55,26 @@ class Tiger(MomentumAccumulation):
 
     def __init__(
         self,
-        learning_rate=1e-3,
+        learning_rate: Any = 1e-3,
         accum_steps: int = 1,
         beta: float = 0.965,
         weight_decay: float | None = 0.01,
         shrink: float = 0.99,
         loss_scale_factor: float | None = None,
         name: str | None = None,
-        **refused,
+        **refused: Any,
     ):
         super().__init__(
             learning_rate, accum_steps, weight_decay, loss_scale_factor, name, refused
         )
-        self.beta = checked_decay("beta", beta)
-        if not 0 < shrink <= 1:
-            raise ValueError(f"shrink must be in (0, 1], got {shrink!r}.")
-        self.shrink = shrink
+        self.beta = arguments.number("beta", beta, "[0, 1)")
+        self.shrink = arguments.number("shrink", shrink, "(0, 1]")
 
-    def moments(self):
+    def moments(self) -> list[Moment]:
         return [Moment(self.momentums, self.beta, (1 - self.beta) / self.accum_steps)]
 
-    def step(self, index, weight, rate, count):
-        variable = self._trainable_variables[index]
+    def step(self, index: int, weight: Any, rate: Any, count: Any) -> Any:
+        variable = self.model_variables[index]
         decay = self.weight_decay or 0.0
         if len(variable.shape) < 2 or re.search("bias|beta|gamma|scale", variable.name):
             rate, decay = rate / 2, 0.0
@@ -87,15 +82,15 @@ class Tiger(MomentumAccumulation):
             rate = rate * _rms(weight, axis=-1)
         else:
             rate = rate * _rms(weight)
-        if not self._use_weight_decay(variable):
+        if not self.decays(variable):
             decay = 0.0
         return weight - rate * (ops.sign(self.momentums[index].value) + decay * weight)
 
-    def recover(self, index, weight):
-        center = 1.0 if re.search("gamma|scale", self._trainable_variables[index].name) else 0.0
+    def recover(self, index: int, weight: Any) -> Any:
+        center = 1.0 if re.search("gamma|scale", self.model_variables[index].name) else 0.0
         return center + self.shrink * (weight - center)
 
-    def _take(self, grads):
+    def update(self, grads: list) -> None:
         finite = [
             ops.convert_to_tensor(True)
             if g is None
@@ -105,15 +100,15 @@ class Tiger(MomentumAccumulation):
         grads = [
             None if g is None else _where(ok, g) for ok, g in zip(finite, grads, strict=True)
         ]
-        super()._take(grads, finite)
+        self._take(grads, finite)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"beta": self.beta, "shrink": self.shrink}
 
 
-def _where(keep, grad):
+def _where(keep: Any, grad: Any) -> Any:
     return backend.map_values(lambda g: ops.where(keep, g, ops.zeros_like(g)), grad)
 
 
-def _rms(x, axis=None):
+def _rms(x: Any, axis: int | None = None) -> Any:
     return ops.sqrt(ops.mean(x * x, axis=axis, keepdims=True))

@@ -1,182 +1,280 @@
-"""What optimizer wrappers share: they own an inner optimizer and speak for it."""
+"""Base of optimizer wrappers: they own an inner optimizer and speak for it."""
+
+import contextlib
+import contextvars
+import warnings
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import keras
+from keras import ops
 
 from keras_ext import backend
+from keras_ext.optimizers import nesting
+from keras_ext.optimizers.base import BaseOptimizer, carries_batch_weight, is_overwritten
 
-# Keras optimizers that compute the weights from their state, which follows the weights.
-FOLLOWERS = tuple(
-    getattr(keras.optimizers, name)
-    for name in ("Ftrl", "ScheduleFreeAdamW")
-    if hasattr(keras.optimizers, name)
+# While an AccumOptimizer updates: id of a weight -> a boolean tensor, whether the weight had a
+# gradient in the cycle. Only weights of which no trace knows it are in here.
+_HAD_GRADIENT: contextvars.ContextVar[Mapping[int, Any]] = contextvars.ContextVar(
+    "had_gradient", default=MappingProxyType({})
 )
 
 
-# A trainable scalar of this name carries the weight of the batch as its gradient: on JAX an
-# optimizer sees nothing else of a batch. See keras_ext.training.BatchWeightModel.
-BATCH_WEIGHT = "accum_batch_weight"
+@contextlib.contextmanager
+def had_gradient(flags: Mapping[int, Any]) -> Iterator[None]:
+    """Within: weights by id, and tensors that say whether their gradient is one, or no more
+    than zeros in the place of None."""
+    token = _HAD_GRADIENT.set({**_HAD_GRADIENT.get(), **flags})
+    try:
+        yield
+    finally:
+        _HAD_GRADIENT.reset(token)
 
 
-class OptimizerWrapper(keras.optimizers.Optimizer):
+def in_doubt(variable: Any) -> Any:
+    """The tensor that says whether a weight had a gradient; None if it is known before."""
+    return _HAD_GRADIENT.get().get(id(variable))
+
+
+class OptimizerWrapper(BaseOptimizer):
     """Base of optimizers that wrap another one, by composition.
 
-    Learning rate, iteration count, loss scaling and end-of-training hooks are the inner
-    optimizer's, so schedules and callbacks see real updates. The attribute is called
-    `inner_optimizer`, as in `keras.optimizers.LossScaleOptimizer`: `SwapEMAWeights` and
-    `TensorBoard` look for that name.
+    A subclass writes `update(grads)`, which calls `step_inner(grads)` for a step of the inner
+    optimizer. What `update` gets is ready for any arithmetic: one tensor per variable of
+    `inner_variables`, or None where there is no gradient, summed over replicas and over
+    repeated tokens, once per call of `apply`. It also gets what only poses as a gradient (see
+    `is_gradient`) and has to hand it on as it is.
 
-    A subclass creates its own variables in `build` (then calls `super().build`), and
-    defines `apply`, which calls `align` first.
+        step_inner(grads)       a step of the inner optimizer; whether it updated the weights
+        when(predicate, fn)     fn() if the predicate holds, as in `when(updated, fn)`
+        end_of_fit(finish)      override for what is left to do when `fit` ends
+        add_variable, add_sum_variable    state, created in `build` before `super().build`
+        follows_weights         class attribute: True if the state is computed from the weights
+
+    Learning rate, iteration count, loss scaling, exclusions from weight decay and the end of
+    training are the inner optimizer's, so schedules and callbacks see real updates. The
+    attribute is called `inner_optimizer`, as in `keras.optimizers.LossScaleOptimizer`:
+    `SwapEMAWeights` and `TensorBoard` look for that name. The whole state, with that of the
+    inner optimizers, is saved in one place, so it is loaded whole or, with Keras's warning,
+    not at all.
 
     Args:
         optimizer: the `keras.optimizers.Optimizer` to wrap, or its name.
         name: name of the wrapper; default, the class name in snake case.
 
-    Private names of `keras.optimizers.Optimizer` are used in this class only:
-    `_variables` (what this object itself created), `_trainable_variables` (what it was
-    built for), `_get_variable_index` and `_check_variables_are_known`.
+    Raises:
+        ValueError: in `compile` under the policy mixed_float16, if a `LossScaleOptimizer` is
+            inside, because Keras puts another one outside.
+
+    Example:
+        Gradient centralisation (arXiv 2004.01461) takes the mean over its inputs out of the
+        gradient of every unit. The whole wrapper:
+
+        >>> class CentralizeOptimizer(OptimizerWrapper):
+        ...     def update(self, grads):
+        ...         self.step_inner([self.centralized(i, g) for i, g in enumerate(grads)])
+        ...
+        ...     def centralized(self, index, grad):
+        ...         if grad is None or not self.is_gradient(index) or len(grad.shape) < 2:
+        ...             return grad
+        ...         axes = tuple(range(len(grad.shape) - 1))
+        ...         return grad - keras.ops.mean(grad, axis=axes, keepdims=True)
+        >>> model.compile(CentralizeOptimizer(keras.optimizers.Adam(1e-3)), loss="mse")
+        >>> history = model.fit(x, y, verbose=0)
     """
 
+    # Names of the attributes that hold optimizers.
+    branch_names: tuple[str, ...] = ("inner_optimizer",)
     # Whether the state follows the weights (slow weights, averages, factors), so that nothing
     # else may move them in between.
-    tracks_weights = False
+    follows_weights = False
 
     def __init__(self, optimizer: keras.optimizers.Optimizer | str, name: str | None = None):
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = keras.optimizers.get(optimizer)
 
-    def inner_optimizers(self) -> list:
-        """The chain of optimizers inside, outermost first."""
-        chain, inner = [], self.inner_optimizer
-        while inner is not None:
-            chain.append(inner)
-            inner = getattr(inner, "inner_optimizer", None)
-        return chain
+    def __dir__(self) -> list[str]:
+        # Keras saves every optimizer that `dir` names as an object of its own.
+        return [name for name in super().__dir__() if name not in self.branch_names]
 
-    def build(self, variables):
-        super().build(variables)
+    def build(self, variables: list) -> None:
+        super().build(list(variables))
         self.inner_optimizer.build(self.inner_variables)
 
     @property
     def inner_variables(self) -> list:
-        """The model variables that the inner optimizer updates."""
-        return list(self._trainable_variables)
-
-    @property
-    def own_variables(self) -> list:
-        """The state of this wrapper alone."""
-        return list(self._variables)
+        """The variables that the inner optimizer updates."""
+        return self.model_variables
 
     @property
     def variables(self) -> list:
         """The whole state. The JAX trainer threads exactly this list through its steps."""
-        return self.own_variables + self.inner_optimizer.variables
+        inner = [v for branch in nesting.branches(self) for v in branch.variables]
+        return self.own_variables + inner
 
-    def align(self, grads, trainable_variables=None) -> list:
-        """Build if needed; return one gradient, or None, for every variable built for."""
-        grads = list(grads)
-        if trainable_variables is None:
-            if not self.built:
-                raise ValueError(
-                    f"{type(self).__name__} is not built yet. Pass trainable_variables, or "
-                    "call build(trainable_variables) first."
-                )
-            trainable_variables = self._trainable_variables
-        trainable_variables = list(trainable_variables)
-        if len(grads) != len(trainable_variables):
-            raise ValueError(
-                f"grads has {len(grads)} entries for {len(trainable_variables)} variables. "
-                "Pass one gradient, or None, per variable."
-            )
-        if not self.built:
-            self.build(trainable_variables)
-        self._check_variables_are_known(trainable_variables)
-        aligned = [None] * len(self._trainable_variables)
-        for grad, variable in zip(grads, trainable_variables, strict=True):
-            aligned[self._get_variable_index(variable)] = grad
-        return aligned
+    def is_gradient(self, index: int) -> bool:
+        """Whether what comes for variable `index` is a gradient, and no value in its place.
 
-    def apply_inner(self, grads, after=()):
-        """One step of the inner optimizer, outside of the replicas; see `merge_replicas`.
+        No gradients: the weight of the batch, and the scales of float8 training.
+        """
+        variable = self.inner_variables[index]
+        return not (carries_batch_weight(variable) or is_overwritten(variable))
+
+    def step_inner(self, grads: list, after: Any = ()) -> Any:
+        """One step of the inner optimizer.
 
         Args:
             grads: one gradient, or None, for every one of `inner_variables`.
-            after: tensors read of the variables that must hold the values before the step.
-        """
-        # An AccumOptimizer inside takes the weight of a batch for that of each replica.
-        backend.apply_gradients(
-            self.inner_optimizer, grads, self.inner_variables, after, everywhere=[BATCH_WEIGHT]
-        )
+            after: tensors read of variables before, which must hold the values before the step.
 
-    def add_sum_variable(self, like, name):
-        """A variable for sums over steps: in float32 at least, whatever `like` is."""
-        return self.add_variable(
-            like.shape,
-            dtype="float64" if like.dtype == "float64" else "float32",
-            layout=getattr(like, "_layout", None),  # sharded like the weight it is for
-            name=f"{like.path.replace('/', '_')}_{name}",
-        )
+        Returns: whether the weights were updated, as a boolean tensor: not if the inner
+            optimizer accumulates, or skips a step.
+        """
+        updates = self.iterations + 0  # the number, not the variable
+        self.step_branch(self.inner_optimizer, grads, self.inner_variables, [*after, updates])
+        return self.iterations > updates
+
+    def step_branch(
+        self, optimizer: Any, grads: list, variables: list, after: Any = ()
+    ) -> None:
+        """One step of an optimizer inside; nothing if all of its variables have no gradient."""
+        pairs = zip(grads, variables, strict=True)
+        if all(g is None or carries_batch_weight(v) for g, v in pairs):
+            return
+        kept = [
+            (state, in_doubt(v))
+            for v in variables
+            if in_doubt(v) is not None
+            for state in _state(optimizer, v)
+        ]
+        old = backend.copies([state for state, _ in kept])
+        # Two of Keras's wrappers want all gradients; who else is told of no gradient warns.
+        if not isinstance(optimizer, (keras.optimizers.LossScaleOptimizer, nesting.MULTI)):
+            given = [i for i, g in enumerate(grads) if g is not None]
+            grads, variables = [grads[i] for i in given], [variables[i] for i in given]
+        # An AccumOptimizer inside takes the weight of a batch for that of each replica.
+        whole = [carries_batch_weight(v) for v in variables]
+        backend.apply_gradients(optimizer, grads, variables, [*after, *old], whole)
+        for (state, flag), value in zip(kept, old, strict=True):
+            state.assign(ops.where(flag, state.value, value))
 
     @property
-    def learning_rate(self):
+    def learning_rate(self) -> Any:
         return self.inner_optimizer.learning_rate
 
     @learning_rate.setter
-    def learning_rate(self, learning_rate):
+    def learning_rate(self, learning_rate: Any) -> None:
         self.inner_optimizer.learning_rate = learning_rate
 
     @property
-    def iterations(self):
+    def iterations(self) -> Any:
         """Number of real updates."""
         return self.inner_optimizer.iterations
 
     @property
-    def loss_scale_factor(self):
+    def loss_scale_factor(self) -> Any:
         return self.inner_optimizer.loss_scale_factor
 
     @loss_scale_factor.setter
-    def loss_scale_factor(self, value):
-        # Keras's constructor sets it before there is an inner optimizer, and
+    def loss_scale_factor(self, value: Any) -> None:
+        # Keras's constructor sets it before there is an inner optimizer, and a
         # LossScaleOptimizer sets it to None on the optimizer that it wraps.
-        if hasattr(self, "inner_optimizer"):
-            self.inner_optimizer.loss_scale_factor = value
+        kind = type(self).__name__
+        nesting.refuse(
+            self,
+            nesting.scales_loss,
+            "the loss would be scaled twice: {kind} {name!r} is inside of {wrapper} already. "
+            f"Put it outside, LossScaleOptimizer({kind}(...)), as compile does by itself under "
+            "the policy mixed_float16; or compile with auto_scale_loss=False.",
+        )
+        for branch in nesting.branches(self):
+            branch.loss_scale_factor = value
 
-    def scale_loss(self, loss):
+    def scale_loss(self, loss: Any) -> Any:
         return self.inner_optimizer.scale_loss(loss)
 
-    def finalize_variable_values(self, var_list):
-        known = {id(v) for v in self.inner_variables}
-        self.inner_optimizer.finalize_variable_values([v for v in var_list if id(v) in known])
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+        """Exclude variables from the weight decay of all optimizers inside."""
+        for inner in nesting.chain(self):
+            if not nesting.branches(inner):
+                inner.exclude_from_weight_decay(var_list, var_names)
 
-    def set_weights(self, weights):
-        for variable, weight in zip(self.variables, weights, strict=True):
+    def decays(self, variable: Any) -> bool:
+        return any(
+            inner._use_weight_decay(variable)
+            for inner in nesting.chain(self)
+            if not nesting.branches(inner)
+        )
+
+    def _finish_inner(self, var_list: Any) -> bool:
+        updates = int(ops.convert_to_numpy(self.iterations))
+        self.finish_branch(self.inner_optimizer, self.inner_variables, var_list)
+        return int(ops.convert_to_numpy(self.iterations)) != updates
+
+    def finish_branch(self, optimizer: Any, variables: list, var_list: Any) -> None:
+        known = {id(v) for v in variables}
+        optimizer.finalize_variable_values([v for v in var_list if id(v) in known])
+
+    def set_weights(self, weights: Any) -> None:
+        variables, weights = self.variables, list(weights)
+        shapes = [tuple(v.shape) for v in variables], [tuple(w.shape) for w in weights]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"weights must have the shapes of the state of {self.name!r}, "
+                f"{shapes[0]}, got {shapes[1]}."
+            )
+        for variable, weight in zip(variables, weights, strict=True):
             variable.assign(weight)
 
-    def save_own_variables(self, store):
-        # The inner optimizer is saved as an object of its own; Keras's wrappers, which
-        # store `self.variables` here, write its state twice.
-        for i, variable in enumerate(self.own_variables):
-            store[str(i)] = keras.ops.convert_to_numpy(variable)
+    def _kind(self) -> str:
+        wrappers = [o for o in nesting.chain(self) if isinstance(o, OptimizerWrapper)]
+        return "+".join(type(o).__name__ for o in wrappers)
 
-    def load_own_variables(self, store):
-        own = self.own_variables
-        if len(store.keys()) != len(own):
-            raise ValueError(
-                f"{type(self).__name__} {self.name!r} has {len(own)} variables of its own, the "
-                f"file holds {len(store.keys())}. Load it with the optimizer and options it "
-                "was saved with, built for the same model."
+    def save_own_variables(self, store: Any) -> None:
+        for i, variable in enumerate(self.variables):
+            store[str(i)] = ops.convert_to_numpy(variable)
+        store[self._kind()] = 0  # so that the state of one wrapper is not taken for another's
+
+    def load_own_variables(self, store: Any) -> None:
+        variables = self.variables
+        numbers = [str(i) for i in range(len(variables))]
+        reason = None
+        if set(store.keys()) != {*numbers, self._kind()}:
+            kinds = [key for key in store.keys() if not key.isdigit()]  # noqa: SIM118
+            reason = (
+                f"it has {len(variables)} variables whereas the saved optimizer has "
+                f"{len(store.keys()) - len(kinds)}, of {' '.join(kinds) or 'another class'}"
             )
-        for i, variable in enumerate(own):
-            variable.assign(store[str(i)])
+        elif wrong := [
+            i
+            for i, v in zip(numbers, variables, strict=True)
+            if tuple(store[i].shape) != tuple(v.shape)
+        ]:
+            i = wrong[0]
+            reason = (
+                f"its variable {variables[int(i)].path} has the shape "
+                f"{variables[int(i)].shape} whereas the saved one has {store[i].shape}"
+            )
+        if reason is not None:  # as Keras does
+            warnings.warn(
+                f"Skipping variable loading for optimizer {self.name!r}, because {reason}. The "
+                "optimizer keeps the state it has. (An optimizer that is not built yet has no "
+                "place for a saved state: call build(model.trainable_variables) before.)",
+                stacklevel=2,
+            )
+            return
+        for i, variable in zip(numbers, variables, strict=True):
+            variable.assign(store[i])
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
             "name": self.name,
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
         config = dict(config)  # Keras hands out a shared dictionary
         optimizer = keras.saving.deserialize_keras_object(
             config.pop("optimizer"), custom_objects=custom_objects
@@ -184,84 +282,37 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         return cls(optimizer, **config)
 
 
-class UpdateWrapper(OptimizerWrapper):
-    """Base of wrappers that change the step of the inner optimizer, variable by variable.
+def _state(optimizer: Any, weight: keras.Variable) -> list:
+    """The weight, and what an optimizer of Keras or those inside of it keep for this weight.
 
-        w <- rewrite(w, w'),    w' = where the inner optimizer goes from w
-
-    What acts inside (clipping, weight decay, momentum) acts before; constraints are applied
-    once more afterwards. Where the inner optimizer waits, w' = w and nothing moves. On
-    TensorFlow the inner optimizer gets the gradients of repeated tokens summed. A subclass
-    defines `rewrite`, and `rewrites` if it leaves some variables alone.
-
-    Raises:
-        ValueError: something inside follows the weights (a moving average, slow weights,
-            factors) and would follow w' instead of the weights.
+    Optimizers keep lists with an entry for every variable that they were built for, as the
+    documentation of Keras tells them to. Ours know by `in_doubt` what to leave alone.
     """
-
-    def __init__(self, optimizer: keras.optimizers.Optimizer | str, name: str | None = None):
-        super().__init__(optimizer, name=name)
-        for inner in self.inner_optimizers():
-            if inner.use_ema or getattr(inner, "tracks_weights", isinstance(inner, FOLLOWERS)):
-                what = "use_ema=True" if inner.use_ema else type(inner).__name__
-                raise ValueError(
-                    f"{type(self).__name__} changes the steps that {what} of {inner.name!r} "
-                    "keeps account of. Put it inside: the wrapper that follows the weights "
-                    "goes outside (for use_ema, EMAOptimizer)."
-                )
-
-    def rewrites(self, index: int) -> bool:
-        """Whether the steps of variable `index` are changed at all."""
-        return True
-
-    def constrains(self, index: int) -> bool:
-        """Whether the constraint of variable `index` is applied to what `rewrite` returns."""
-        return True
-
-    def before_step(self):
-        """What `rewrite` has to know from before the inner step."""
-        return ()
-
-    def rewrite(self, index: int, old, new, grad, before):
-        """The new value of variable `index`.
-
-        Args:
-            index: which variable.
-            old: w, in float32 (float64) whatever the variable is.
-            new: w', likewise.
-            grad: the gradient as one tensor, None if there is none.
-            before: what `before_step` returned.
-        """
-        raise NotImplementedError
-
-    def apply(self, grads, trainable_variables=None):
-        backend.merge_replicas(self._apply, self.align(grads, trainable_variables))
-
-    def _apply(self, grads):
-        variables = self.inner_variables
-        grads = [None if g is None else backend.densify(g) for g in grads]
-        chosen = [
-            i
-            for i, v in enumerate(variables)
-            if self.rewrites(i) and not getattr(v, "overwrite_with_gradient", False)
-        ]
-        old = backend.copies([variables[i] for i in chosen])
-        before = self.before_step()
-        updates = self.iterations + 0  # the number, not the variable
-        read = [*old, updates, *keras.tree.flatten(before)]
-        self.apply_inner(grads, after=read)
-        updated = self.iterations > updates
-        for i, w in zip(chosen, old, strict=True):
-            variable = variables[i]
-            new = keras.ops.stop_gradient(variable.value)
-            value = self.rewrite(
-                i, _at_least_float32(w), _at_least_float32(new), grads[i], before
-            )
-            variable.assign(value)
-            if variable.constraint is not None and self.constrains(i):
-                value = variable.constraint(variable)  # none while the inner optimizer waits
-                variable.assign(keras.ops.where(updated, value, variable.value))
-
-
-def _at_least_float32(tensor):
-    return keras.ops.cast(tensor, keras.backend.result_type(tensor.dtype, "float32"))
+    if isinstance(optimizer, BaseOptimizer):
+        return []
+    inner = nesting.branches(optimizer)
+    if inner:
+        return [state for branch in inner for state in _state(branch, weight)]
+    known = [id(v) for v in optimizer._trainable_variables]
+    if id(weight) not in known:
+        return []
+    slots = [
+        value
+        for name, value in vars(optimizer).items()
+        if name not in ("_variables", "_trainable_variables")
+        and isinstance(value, (list, tuple))
+        and len(value) == len(known)
+        and all(item is None or isinstance(item, keras.Variable) for item in value)
+    ]
+    listed = {id(v) for slot in slots for v in slot}
+    strange = [v.path for v in optimizer.variables if v.shape and id(v) not in listed]
+    if strange or optimizer.use_ema:
+        reason = f"its state {strange[0]} belongs to no weight" if strange else "use_ema=True"
+        raise ValueError(
+            f"{weight.path} has a gradient in some steps of an accumulation only, when these "
+            f"are compiled, and {type(optimizer).__name__} {optimizer.name!r} cannot leave it "
+            f"out: {reason}. Give it a gradient in every step"
+            + ("." if strange else ", or put EMAOptimizer outside instead.")
+        )
+    index = known.index(id(weight))
+    return [weight, *(slot[index] for slot in slots if slot[index] is not None)]

@@ -172,7 +172,7 @@ def row_sizes(token_ids: Sequence) -> list[int]:
     return [max(map(len, _texts(row)), default=0) for row in token_ids]
 
 
-def choose_lengths(sizes: Sequence[int]) -> list[int]:
+def choose_lengths(sizes: Sequence[int] | np.ndarray) -> list[int]:
     """At most five bucket lengths, multiples of 8, for sequences of the given sizes.
 
     Every size goes up to the next multiple of 8; of those values the five (with the
@@ -186,7 +186,7 @@ def choose_lengths(sizes: Sequence[int]) -> list[int]:
     values, counts = np.unique(steps, return_counts=True)
     total = np.concatenate([[0], np.cumsum(counts)])
     # best[j] = (padded sum, chosen ends) over the first j values with the lengths so far.
-    best = [(0, [])] + [(np.inf, [])] * len(values)
+    best: list[tuple[float, list[int]]] = [(0, [])] + [(np.inf, [])] * len(values)
     for _ in range(min(MAX_LENGTHS, len(values))):
         best = [best[0]] + [
             min(

@@ -42,7 +42,7 @@ def build_vocabulary(
     library = import_tokenizers()
     normalizer = library.normalizers.BertNormalizer(lowercase=lowercase)
     splitter = library.pre_tokenizers.BertPreTokenizer()
-    words = Counter()
+    words: Counter[str] = Counter()
     for text in texts:
         words.update(
             word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
@@ -52,9 +52,9 @@ def build_vocabulary(
     return [*SPECIAL_TOKENS, *sorted(kept, key=lambda token: (-kept[token], token))]
 
 
-def _count_characters(words: Counter) -> Counter:
+def _count_characters(words: Counter[str]) -> Counter[str]:
     """Occurrences of every character as the first of a word, and with "##" inside one."""
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for word, count in words.items():
         counts[word[0]] += count
         for character in word[1:]:

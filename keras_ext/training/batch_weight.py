@@ -14,8 +14,8 @@ keeps state for it.
 import keras
 from keras import ops
 
+from keras_ext.optimizers import nesting
 from keras_ext.optimizers.accumulation import AccumOptimizer
-from keras_ext.optimizers.wrapper import BATCH_WEIGHT
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
@@ -43,8 +43,9 @@ class BatchWeightModel(keras.Model):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.carrier = self.add_weight(
-            shape=(), initializer="zeros", dtype="float32", name=BATCH_WEIGHT
+            shape=(), initializer="zeros", dtype="float32", name="accum_batch_weight"
         )
+        self.carrier.carries_batch_weight = True  # so optimizers know it
 
     def batch_weight(self, x, y, y_pred, sample_weight):
         """What the loss of this batch was divided by; a scalar."""
@@ -62,10 +63,7 @@ class BatchWeightModel(keras.Model):
         return loss + ops.cast(weight * (carrier - ops.stop_gradient(carrier)), loss.dtype)
 
     def _check_optimizer(self):
-        optimizer = self.optimizer
-        while optimizer is not None and not isinstance(optimizer, AccumOptimizer):
-            optimizer = getattr(optimizer, "inner_optimizer", None)
-        if optimizer is None:
+        if nesting.find(self.optimizer, AccumOptimizer) is None:
             raise ValueError(
                 "BatchWeightModel needs an AccumOptimizer, got "
                 f"optimizer={self.optimizer.name!r}. Compile it with "

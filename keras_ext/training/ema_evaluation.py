@@ -13,6 +13,7 @@ import keras
 from keras import ops
 
 from keras_ext import backend
+from keras_ext.optimizers import nesting
 from keras_ext.optimizers.ema import EMAOptimizer
 
 
@@ -77,9 +78,8 @@ class EvaluateWithEMA(keras.callbacks.Callback):
                     weight.assign(value)
 
     def _optimizer(self) -> EMAOptimizer:
-        outermost = optimizer = getattr(self.model, "optimizer", None)
-        while optimizer is not None and not isinstance(optimizer, EMAOptimizer):
-            optimizer = getattr(optimizer, "inner_optimizer", None)
+        outermost = getattr(self.model, "optimizer", None)
+        optimizer = None if outermost is None else nesting.find(outermost, EMAOptimizer)
         if optimizer is None:
             raise ValueError(
                 "EvaluateWithEMA needs an EMAOptimizer, got optimizer="

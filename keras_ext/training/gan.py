@@ -53,8 +53,8 @@ class NoiseModel(keras.Model):
     def __init__(self, generator: keras.Model, seed: int | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         inputs = getattr(generator, "inputs", None)
-        shapes = [tuple(i.shape) for i in inputs] if inputs else inputs
-        if not inputs or len(inputs) > 1 or None in shapes[0][1:]:
+        shapes = inputs and [tuple(i.shape) for i in inputs]
+        if not shapes or len(shapes) > 1 or None in shapes[0][1:]:
             raise ValueError(
                 f"generator must have one input of known shape, got inputs={shapes}. Build it "
                 "from keras.Input((128,)), say."

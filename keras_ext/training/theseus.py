@@ -82,7 +82,8 @@ def build_theseus_model(
         copies += [*zip(group, old, strict=True), (blocks[i], new)]
         options = {"predecessor_dropout": predecessor_dropout, "dtype": blocks[i].dtype_policy}
         modules.append(TheseusModule(old, new, name=f"theseus_{i}", **options))
-    rate_layer, rate_tensor = ReplacementRate(rate, name="replacement_rate"), []
+    rate_layer = ReplacementRate(rate, name="replacement_rate")
+    rate_tensor: list[keras.KerasTensor] = []
     number = {block.name: i for i, block in enumerate(blocks)}
     within: dict[int, tuple] = {}  # stand-in for the output of a block within a group
 

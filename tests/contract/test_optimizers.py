@@ -98,8 +98,8 @@ ROWS_OF_TABLE = [
         looked_ahead,
     ),
     Row(
-        "LowRankOptimizer",
-        lambda: optimizers.LowRankOptimizer(keras.optimizers.Adam(LR), 1, mode="additive"),
+        "AdditiveLowRankOptimizer",
+        lambda: optimizers.AdditiveLowRankOptimizer(keras.optimizers.Adam(LR), 1),
         low_rank_trained,
     ),
     Row(

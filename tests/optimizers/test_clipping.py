@@ -20,7 +20,6 @@ from keras_ext.optimizers.clipping import (
     smooth_clip,
     unit_axes,
 )
-from keras_ext.optimizers.wrapper import BATCH_WEIGHT
 from keras_ext.training import BatchWeightModel
 
 BACKEND = keras.backend.backend()
@@ -491,7 +490,8 @@ def test_absent_gradients_pass_through():
 def test_the_weight_of_a_batch_is_no_gradient():
     # Its "gradient" is the number of rows; AccumOptimizer must get it as it is.
     variable = keras.Variable([0.0])
-    carrier = keras.Variable(0.0, name=BATCH_WEIGHT)
+    carrier = keras.Variable(0.0)
+    carrier.carries_batch_weight = True
     optimizer = ClipOptimizer(AccumOptimizer(keras.optimizers.SGD(1.0), 2), 4.0)
     for gradient, rows in ((8.0, 3.0), (2.0, 1.0)):
         optimizer.apply(tensors([gradient], rows), [variable, carrier])

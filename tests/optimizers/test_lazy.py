@@ -172,11 +172,11 @@ def test_default_is_every_embedding_table():
 
 
 def test_patterns_take_only_two_dimensions():
-    assert lazy_paths(embedding_model(), patterns="dense|^tokens") == [
+    assert lazy_paths(embedding_model(), include="dense|^tokens") == [
         "tokens/embeddings",
         "dense/kernel",
     ]
-    assert lazy_paths(embedding_model(), patterns=["^tokens", "plain"]) == [
+    assert lazy_paths(embedding_model(), include=["^tokens", "plain"]) == [
         "tokens/embeddings",
         "plain/embeddings",
     ]
@@ -192,7 +192,7 @@ def test_patterns_take_only_two_dimensions():
 )
 def test_patterns_that_find_nothing(patterns, message):
     with pytest.raises(ValueError, match=message):
-        lazy_paths(embedding_model(), patterns=patterns)
+        lazy_paths(embedding_model(), include=patterns)
 
 
 @pytest.mark.parametrize("patterns", ["(", ["embeddings", 3]])

@@ -12,12 +12,25 @@ from reference import low_rank as reference
 from reference import optimizers as numpy_optimizers
 from reference.problems import Regression
 
+from keras_ext import optimizers
 from keras_ext.optimizers import AccumOptimizer
-from keras_ext.optimizers.low_rank import LowRankOptimizer
-from keras_ext.optimizers.low_rank_projection import PROJECTIONS
+
+CLASSES = {
+    "lora": optimizers.LoRAOptimizer,
+    "additive": optimizers.AdditiveLowRankOptimizer,
+    "random": optimizers.RandomProjectionOptimizer,
+    "galore": optimizers.GaLoreOptimizer,
+}
+
+
+def low_rank_optimizer(optimizer, rank, mode="lora", **options):
+    if mode in ("additive", "galore"):
+        options.pop("seed", None)  # they draw nothing
+    return CLASSES[mode](optimizer, rank, **options)
+
 
 BACKEND = keras.backend.backend()
-MODES = tuple(PROJECTIONS)
+MODES = tuple(CLASSES)
 COMPILED = {
     "eager": {"run_eagerly": True},
     "xla": {"jit_compile": BACKEND != "torch"},
@@ -103,7 +116,7 @@ def test_equals_lora_layers(name, mode):
     fit(layered, problem, AccumOptimizer(make(), 1), 8, epochs=2, **COMPILED[mode])
 
     model = build(problem)
-    optimizer = LowRankOptimizer(make(), rank, alpha=alpha)
+    optimizer = low_rank_optimizer(make(), rank, alpha=alpha)
     start_at(optimizer, model, first)
     fit(model, problem, optimizer, 8, epochs=2, **COMPILED[mode])
 
@@ -127,7 +140,7 @@ def test_lora_equals_the_reference(name):
         reference.Whole(problem.weights[2]),
     ]
     expected, _ = reference.train(problem, forms, update, batches(problem))
-    model, optimizer = build(problem), LowRankOptimizer(make(), 2, alpha=3)
+    model, optimizer = build(problem), low_rank_optimizer(make(), 2, alpha=3)
     start_at(optimizer, model, first)
     assert distance(fit(model, problem, optimizer, 8), expected) < 1e-5
 
@@ -135,7 +148,7 @@ def test_lora_equals_the_reference(name):
 def test_factors_merge_into_a_lora_layer():
     problem = Regression(embedding=False)
     model = build(problem)
-    optimizer = LowRankOptimizer(keras.optimizers.Adam(LR), 2, alpha=1.0)
+    optimizer = low_rank_optimizer(keras.optimizers.Adam(LR), 2, alpha=1.0)
     fit(model, problem, optimizer, 8)
     a, b = optimizer.factors(model.layers[-1].kernel)
     other = build(problem)  # at W0
@@ -148,7 +161,7 @@ def test_factors_merge_into_a_lora_layer():
 
 
 def test_first_factors_are_those_of_keras():
-    optimizer = LowRankOptimizer("sgd", 4, seed=1)
+    optimizer = low_rank_optimizer("sgd", 4, seed=1)
     kernels = [single((300, 7)), single((300, 7))]
     optimizer.build(kernels)
     (a, b), (other, _) = (map(numpy_of, optimizer.factors(k)) for k in kernels)
@@ -161,7 +174,7 @@ def test_first_factors_are_those_of_keras():
 
 def test_sgd_step_of_lora_expands():
     kernel = single((6, 5))
-    optimizer = LowRankOptimizer(keras.optimizers.SGD(LR), 2)
+    optimizer = low_rank_optimizer(keras.optimizers.SGD(LR), 2)
     optimizer.build([kernel])
     a, b, g = (rng(i).normal(size=s) for i, s in ((1, (6, 2)), (2, (2, 5)), (3, (6, 5))))
     for factor, value in zip(optimizer.factors(kernel), (a, b), strict=True):
@@ -175,7 +188,7 @@ def test_sgd_step_of_lora_expands():
 def test_drift_of_lora_is_rounding():
     kernel, steps = single((8, 6)), 300
     start = numpy_of(kernel)
-    optimizer = LowRankOptimizer(keras.optimizers.Adam(1e-3), 2, alpha=4.0, seed=0)
+    optimizer = low_rank_optimizer(keras.optimizers.Adam(1e-3), 2, alpha=4.0, seed=0)
     step(optimizer, kernel, *rng().normal(size=(steps, 8, 6)))
     a, b = map(numpy_of, optimizer.factors(kernel))
     error = np.abs(numpy_of(kernel) - start - 2 * a @ b).max()
@@ -200,7 +213,7 @@ def test_additive_equals_the_reference(rank, target, name, mode):
     ]
     expected, parameters = reference.train(problem, forms, update, batches(problem))
     model = build(problem)
-    optimizer = LowRankOptimizer(make(), rank, mode="additive", target=target)
+    optimizer = low_rank_optimizer(make(), rank, mode="additive", include=target)
     assert distance(fit(model, problem, optimizer, 8, **COMPILED[mode]), expected) < 1e-5
     kept = optimizer.factors(model.trainable_variables[0])
     assert distance([numpy_of(v) for v in kept], parameters[0]) < 1e-5
@@ -216,7 +229,7 @@ def test_galore_equals_the_reference(name, mode):
     decay = LR * 0.1 if name == "adamw" else 0.0
     update = numpy_optimizers.adam(LR) if decay else update
     expected = reference.train_galore(problem, update, batches(problem), 2, 2, 0.5, decay)
-    optimizer = LowRankOptimizer(make(), 2, mode="galore", update_gap=2, scale=0.5)
+    optimizer = low_rank_optimizer(make(), 2, mode="galore", update_gap=2, scale=0.5)
     actual = fit(build(problem), problem, optimizer, 8, **COMPILED[mode])
     assert distance(actual, expected) < 2e-5  # singular vectors in float32
 
@@ -238,7 +251,7 @@ def test_equals_the_projector_of_galore(shape):
     theirs = module.GaLoreProjector(rank=2, update_proj_gap=3, scale=0.25)
     kernel = single(shape)
     expected = numpy_of(kernel)
-    optimizer = LowRankOptimizer(
+    optimizer = low_rank_optimizer(
         keras.optimizers.SGD(1.0), 2, mode="galore", update_gap=3, scale=0.25
     )
     for t, grad in enumerate(rng().normal(size=(5, *shape)).astype("float32")):
@@ -253,15 +266,15 @@ def test_galore_at_full_rank_under_sgd_is_sgd(shape):
     kernel = single(shape)
     grads = rng(1).normal(size=(5, *shape))
     expected = numpy_of(kernel) - grads.sum(0)
-    optimizer = LowRankOptimizer(
-        keras.optimizers.SGD(1.0), min(shape), mode="galore", target="kernel", update_gap=2
+    optimizer = low_rank_optimizer(
+        keras.optimizers.SGD(1.0), min(shape), mode="galore", include="kernel", update_gap=2
     )
     np.testing.assert_allclose(step(optimizer, kernel, *grads), expected, atol=1e-5)
 
 
 def test_projector_is_renewed_every_update_gap():
     kernel = single((6, 4))
-    optimizer = LowRankOptimizer(keras.optimizers.SGD(1.0), 2, mode="galore", update_gap=3)
+    optimizer = low_rank_optimizer(keras.optimizers.SGD(1.0), 2, mode="galore", update_gap=3)
     seen = []
     for grad in rng().normal(size=(7, 6, 4)):
         step(optimizer, kernel, grad)
@@ -276,7 +289,7 @@ def test_projector_is_renewed_every_update_gap():
 
 def test_a_matrix_that_gets_its_first_gradient_late():
     kernel, bias = single((6, 4)), keras.Variable(np.zeros(4, "float32"))
-    optimizer = LowRankOptimizer(keras.optimizers.SGD(1.0), 2, mode="galore")
+    optimizer = low_rank_optimizer(keras.optimizers.SGD(1.0), 2, mode="galore")
     start, grad = numpy_of(kernel), rng().normal(size=(6, 4)).astype("float32")
     with pytest.warns(UserWarning, match="Gradients do not exist"):
         optimizer.apply([None, ops.ones(4)], [kernel, bias])
@@ -292,7 +305,7 @@ def test_a_matrix_that_gets_its_first_gradient_late():
 def test_random_step_is_right_on_average():
     kernel, draws = single((6, 5)), 400
     grad = rng().normal(size=(6, 5))
-    optimizer = LowRankOptimizer(keras.optimizers.SGD(1.0), 2, mode="random", seed=3)
+    optimizer = low_rank_optimizer(keras.optimizers.SGD(1.0), 2, mode="random", seed=3)
     values = [numpy_of(kernel)]
     for _ in range(draws):
         values.append(step(optimizer, kernel, grad).copy())
@@ -317,14 +330,14 @@ def test_random_step_is_its_formula():
             for shape in ((6, 2), (2, 5))
         )
         expected -= 0.1 * (grad @ b.T @ b + a @ a.T @ grad) / 2
-    optimizer = LowRankOptimizer(keras.optimizers.SGD(0.1), 2, mode="random", seed=5)
+    optimizer = low_rank_optimizer(keras.optimizers.SGD(0.1), 2, mode="random", seed=5)
     np.testing.assert_allclose(step(optimizer, kernel, *grads), expected, atol=2e-6)
 
 
 @compiled
 def test_random_draws_anew_in_every_step(mode):
     problem = Regression(embedding=False)
-    optimizer = LowRankOptimizer(keras.optimizers.SGD(LR), 1, mode="random", seed=1)
+    optimizer = low_rank_optimizer(keras.optimizers.SGD(LR), 1, mode="random", seed=1)
     model = build(problem)
     fit(model, problem, optimizer, 8, **COMPILED[mode])
     moved = weights_of(model)[0] - problem.weights[0]
@@ -338,7 +351,7 @@ def test_random_draws_anew_in_every_step(mode):
 def test_building_and_zero_gradients_move_nothing(mode):
     kernel = single((6, 4))
     start = numpy_of(kernel)
-    optimizer = LowRankOptimizer(keras.optimizers.Adam(LR), 2, mode=mode)
+    optimizer = low_rank_optimizer(keras.optimizers.Adam(LR), 2, mode=mode)
     optimizer.build([kernel])
     np.testing.assert_array_equal(numpy_of(kernel), start)
     np.testing.assert_array_equal(step(optimizer, kernel, *np.zeros((2, 6, 4))), start)
@@ -351,7 +364,7 @@ def test_building_and_zero_gradients_move_nothing(mode):
 def test_rank_of_the_change(mode, bound, steps):
     kernel = single((12, 8))
     start = numpy_of(kernel)
-    optimizer = LowRankOptimizer(keras.optimizers.SGD(0.1, 0.9), 2, mode=mode)
+    optimizer = low_rank_optimizer(keras.optimizers.SGD(0.1, 0.9), 2, mode=mode)
     moved = step(optimizer, kernel, *rng().normal(size=(steps, 12, 8))) - start
     singular = np.linalg.svd(moved, compute_uv=False)
     assert singular[bound - 1] > 1e-4
@@ -363,7 +376,7 @@ def test_other_variables_train_as_ever(mode):
     problem = Regression(embedding=True)
     make = OPTIMIZERS["adam"][0]
     model = build(problem)
-    optimizer = LowRankOptimizer(make(), 1, mode=mode, target="embed")
+    optimizer = low_rank_optimizer(make(), 1, mode=mode, include="embed")
     optimizer.build(model.trainable_variables)
     plain = AccumOptimizer(make(), 1)
     twins = [keras.Variable(w, dtype="float32") for w in problem.weights]
@@ -389,7 +402,7 @@ def test_state_bytes(mode):
         return sum(int(np.prod(v.shape)) for v in optimizer.variables if len(v.shape) == 2)
 
     adam = floats(keras.optimizers.Adam())
-    ours = floats(LowRankOptimizer(keras.optimizers.Adam(), r, mode=mode))
+    ours = floats(low_rank_optimizer(keras.optimizers.Adam(), r, mode=mode))
     assert adam == 2 * n * m
     # Factors (or steps) and their two moments; galore: of R alone, and the projector.
     assert ours == (3 * r * n + r * m if mode == "galore" else 3 * r * (n + m))
@@ -401,7 +414,7 @@ def test_resumes_bit_for_bit(mode, tmp_path):
 
     def make():
         options = {"update_gap": 2} if mode == "galore" else {}
-        return LowRankOptimizer(keras.optimizers.Adam(LR), 1, mode=mode, seed=4, **options)
+        return low_rank_optimizer(keras.optimizers.Adam(LR), 1, mode=mode, seed=4, **options)
 
     whole = build(problem)
     fit(whole, problem, make(), 8)
@@ -429,7 +442,7 @@ def test_resumes_bit_for_bit(mode, tmp_path):
 @pytest.mark.parametrize("mode", MODES)
 def test_absent_gradients_pass(mode):
     used, unused = single((6, 4)), single((6, 4), seed=1)
-    optimizer = LowRankOptimizer(keras.optimizers.AdamW(LR, weight_decay=0.5), 2, mode=mode)
+    optimizer = low_rank_optimizer(keras.optimizers.AdamW(LR, weight_decay=0.5), 2, mode=mode)
     before = numpy_of(unused)
     with pytest.warns(UserWarning, match="Gradients do not exist"):
         optimizer.apply([ops.ones((6, 4)), None], [used, unused])
@@ -441,7 +454,7 @@ def test_absent_gradients_pass(mode):
 def test_a_gradient_that_is_not_finite(mode, value):
     # As without the wrapper: the weights show it. Nothing hangs in the SVD.
     kernel = single((6, 4))
-    optimizer = LowRankOptimizer("sgd", 2, mode=mode)
+    optimizer = low_rank_optimizer("sgd", 2, mode=mode)
     grad = np.ones((6, 4))
     grad[2, 1] = value
     assert not np.isfinite(step(optimizer, kernel, grad)).all()
@@ -454,9 +467,11 @@ def test_a_loss_scale_inside_skips_the_whole_update(mode):
     inside = keras.optimizers.LossScaleOptimizer(
         keras.optimizers.SGD(1.0, weight_decay=0.5), initial_scale=8.0
     )
-    optimizer = LowRankOptimizer(inside, 2, mode=mode, seed=0)
+    optimizer = low_rank_optimizer(inside, 2, mode=mode, seed=0)
     optimizer.build([kernel])
-    plain = LowRankOptimizer(keras.optimizers.SGD(1.0, weight_decay=0.5), 2, mode=mode, seed=0)
+    plain = low_rank_optimizer(
+        keras.optimizers.SGD(1.0, weight_decay=0.5), 2, mode=mode, seed=0
+    )
     twin = single((6, 4))
     plain.build([twin])
 
@@ -489,7 +504,8 @@ def test_half_precision():
         kernel, twin = single((6, 4), dtype="bfloat16"), single((6, 4))
         twin.assign(ops.cast(kernel, "float32"))
         a, b = (
-            LowRankOptimizer(keras.optimizers.SGD(0.1), 2, mode=mode, seed=1) for _ in range(2)
+            low_rank_optimizer(keras.optimizers.SGD(0.1), 2, mode=mode, seed=1)
+            for _ in range(2)
         )
         grad = numpy_of(ops.cast(rng().normal(size=(6, 4)), "bfloat16"))
         error = np.abs(step(a, kernel, grad) - step(b, twin, grad))
@@ -498,7 +514,7 @@ def test_half_precision():
         assert {v.dtype for v in a.projections[0].coordinates} == {"float32"}
     for mode in ("lora", "additive"):
         with pytest.raises(ValueError, match="needs float32 weights, got bfloat16"):
-            LowRankOptimizer("sgd", 2, mode=mode).build([single((6, 4), dtype="bfloat16")])
+            low_rank_optimizer("sgd", 2, mode=mode).build([single((6, 4), dtype="bfloat16")])
 
 
 # --- weight decay
@@ -508,7 +524,7 @@ def test_half_precision():
 def test_decay_acts_on_the_weights_where_steps_start_from_zero(mode):
     kernel = single((6, 4))
     start = numpy_of(kernel)
-    optimizer = LowRankOptimizer(
+    optimizer = low_rank_optimizer(
         keras.optimizers.AdamW(0.1, weight_decay=0.5), 2, mode=mode, update_gap=200
     )
     moved = step(optimizer, kernel, *np.zeros((3, 6, 4)))
@@ -516,14 +532,14 @@ def test_decay_acts_on_the_weights_where_steps_start_from_zero(mode):
     inside = keras.optimizers.AdamW(0.1, weight_decay=0.5)
     kernel = single((6, 4))
     inside.exclude_from_weight_decay(var_list=[kernel])
-    moved = step(LowRankOptimizer(inside, 2, mode=mode), kernel, *np.zeros((3, 6, 4)))
+    moved = step(low_rank_optimizer(inside, 2, mode=mode), kernel, *np.zeros((3, 6, 4)))
     np.testing.assert_array_equal(moved, start)
 
 
 def test_decay_of_lora_leaves_the_weights_before_alone():
     kernel = single((6, 4))
     start = numpy_of(kernel)
-    optimizer = LowRankOptimizer(keras.optimizers.AdamW(0.1, weight_decay=0.5), 2)
+    optimizer = low_rank_optimizer(keras.optimizers.AdamW(0.1, weight_decay=0.5), 2)
     optimizer.build([kernel])
     a, b = (rng(i).normal(size=s) for i, s in ((1, (6, 2)), (2, (2, 4))))
     for factor, value in zip(optimizer.factors(kernel), (a, b), strict=True):
@@ -540,7 +556,7 @@ def test_accumulation_outside_equals_the_large_batch(kind):
     problem = Regression(embedding=True)
 
     def make():
-        return LowRankOptimizer(keras.optimizers.Adam(LR), 1, mode=kind, seed=2)
+        return low_rank_optimizer(keras.optimizers.Adam(LR), 1, mode=kind, seed=2)
 
     large = fit(build(problem), problem, make(), 16, **COMPILED["eager"])
     small = fit(build(problem), problem, AccumOptimizer(make(), 4), 4, **COMPILED["eager"])
@@ -554,7 +570,7 @@ def test_accumulation_inside_equals_the_large_batch(kind, mode):
     problem = Regression(embedding=True)
     inside = AccumOptimizer(keras.optimizers.Adam(LR), 4)
     optimizers = [
-        LowRankOptimizer(o, 1, mode=kind, seed=2) for o in (inside, keras.optimizers.Adam(LR))
+        low_rank_optimizer(o, 1, mode=kind, seed=2) for o in (inside, keras.optimizers.Adam(LR))
     ]
     small, large = (
         fit(build(problem), problem, o, size, **COMPILED[mode])
@@ -570,7 +586,7 @@ def test_the_remainder_of_an_accumulation_inside_is_followed():
     problem = Regression(embedding=True)
 
     def make(optimizer):
-        return LowRankOptimizer(optimizer, 1, mode="lora", seed=2)
+        return low_rank_optimizer(optimizer, 1, mode="lora", seed=2)
 
     model = build(problem)
     optimizer = make(AccumOptimizer(keras.optimizers.Adam(LR), 4))
@@ -589,7 +605,7 @@ def test_the_error_of_a_failing_step_is_not_hidden():
 
     problem = Regression(embedding=False)
     model = build(problem)
-    model.compile(LowRankOptimizer("sgd", 2), loss=broken)
+    model.compile(low_rank_optimizer("sgd", 2), loss=broken)
     with pytest.raises(ZeroDivisionError):
         model.fit(problem.x, problem.y, verbose=0)
 
@@ -600,7 +616,7 @@ def test_the_error_of_a_failing_step_is_not_hidden():
 def make_for_devices(mode):
     gap = 2 if mode == "galore" else 200
     inside = keras.optimizers.Adam(LR, global_clipnorm=0.5)
-    return LowRankOptimizer(inside, 1, mode=mode, seed=6, update_gap=gap)
+    return low_rank_optimizer(inside, 1, mode=mode, seed=6, update_gap=gap)
 
 
 @pytest.mark.thorough
@@ -643,25 +659,25 @@ def test_which_matrices_are_chosen():
     model = keras.Model(inputs, keras.layers.Dense(2)(hidden))
 
     def chosen(**options):
-        optimizer = LowRankOptimizer("sgd", **options)
+        optimizer = low_rank_optimizer("sgd", **options)
         optimizer.build(model.trainable_variables)
         return [part.variable.shape for part in optimizer.projections if part is not None]
 
     assert chosen(rank=3) == [(4, 6), (24, 5)]  # not (8, 4, 6); a bias can be a matrix
-    assert chosen(rank=2, target="kernel") == [(24, 5), (5, 2)]
+    assert chosen(rank=2, include="kernel") == [(24, 5), (5, 2)]
     with pytest.raises(ValueError, match="too small for rank=3"):
-        chosen(rank=3, target="kernel")
+        chosen(rank=3, include="kernel")
     for options in ({"rank": 6}, {"rank": 1, "target": "no_such_layer"}):
         with pytest.raises(ValueError, match="no matrix is left for rank"):
             chosen(**options)
 
 
 def test_config_round_trip():
-    optimizer = LowRankOptimizer(
+    optimizer = low_rank_optimizer(
         keras.optimizers.AdamW(1e-3, weight_decay=0.1),
         4,
         mode="galore",
-        target="kernel",
+        include="kernel",
         update_gap=50,
         scale=0.25,
         seed=1,
@@ -673,8 +689,8 @@ def test_config_round_trip():
         copy = keras.saving.deserialize_keras_object(config)
         assert copy.get_config() == optimizer.get_config()
         assert isinstance(copy.inner_optimizer, keras.optimizers.AdamW)
-    lora = LowRankOptimizer("sgd", 4, alpha=8)
-    assert LowRankOptimizer.from_config(lora.get_config()).alpha == 8
+    lora = low_rank_optimizer("sgd", 4, alpha=8)
+    assert optimizers.LoRAOptimizer.from_config(lora.get_config()).alpha == 8
 
 
 @pytest.mark.parametrize(
@@ -696,18 +712,18 @@ def test_config_round_trip():
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        LowRankOptimizer("sgd", **arguments)
+        low_rank_optimizer("sgd", **arguments)
 
 
 def test_unknown_arguments_are_refused():
     with pytest.raises(TypeError, match="clipnorm"):
-        LowRankOptimizer("sgd", 2, clipnorm=1.0)
+        low_rank_optimizer("sgd", 2, clipnorm=1.0)
 
 
 def test_averages_inside_are_refused():
-    for inside in (keras.optimizers.SGD(use_ema=True), LowRankOptimizer("sgd", 2)):
+    for inside in (keras.optimizers.SGD(use_ema=True), low_rank_optimizer("sgd", 2)):
         with pytest.raises(ValueError, match="would follow the factors"):
-            LowRankOptimizer(inside, 2)
+            low_rank_optimizer(inside, 2)
 
 
 @pytest.mark.parametrize("mode", ["random", "galore"])
@@ -718,20 +734,20 @@ def test_what_cannot_stand_a_changing_basis_is_refused(mode):
         keras.optimizers.LossScaleOptimizer(AccumOptimizer("sgd", 2)),
     ):
         with pytest.raises(ValueError, match="Accumulate outside"):
-            LowRankOptimizer(inside, 2, mode=mode)
+            low_rank_optimizer(inside, 2, mode=mode)
     with pytest.raises(ValueError, match="Ftrl computes the weights from its state"):
-        LowRankOptimizer("ftrl", 2, mode=mode)
+        low_rank_optimizer("ftrl", 2, mode=mode)
 
 
 def test_additive_needs_a_rank_that_divides():
     with pytest.raises(ValueError, match=r"divides both sides.*rank=2 for .*\(6, 5\)"):
-        LowRankOptimizer("sgd", 2, mode="additive").build([single((6, 5))])
+        low_rank_optimizer("sgd", 2, mode="additive").build([single((6, 5))])
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_constraints(mode):
     kernel = single((6, 4), constraint="non_neg")
-    optimizer = LowRankOptimizer("sgd", 2, mode=mode)
+    optimizer = low_rank_optimizer("sgd", 2, mode=mode)
     if mode in ("lora", "additive"):
         with pytest.raises(ValueError, match="has a constraint"):
             optimizer.build([kernel])
@@ -741,14 +757,14 @@ def test_constraints(mode):
 
 def test_factors_of_what_has_none():
     kernel, bias = single((6, 4)), keras.Variable(np.zeros(4, "float32"))
-    optimizer = LowRankOptimizer("sgd", 2)
+    optimizer = low_rank_optimizer("sgd", 2)
     with pytest.raises(ValueError, match="do not exist yet"):
         optimizer.factors(kernel)
     optimizer.build([kernel, bias])
     assert [f.shape for f in optimizer.factors(kernel)] == [(6, 2), (2, 4)]
     with pytest.raises(ValueError, match="has no factors"):
         optimizer.factors(bias)
-    optimizer = LowRankOptimizer("sgd", 2, mode="random")
+    optimizer = low_rank_optimizer("sgd", 2, mode="random")
     optimizer.build([kernel])
     with pytest.raises(ValueError, match="has no factors: mode='random'"):
         optimizer.factors(kernel)

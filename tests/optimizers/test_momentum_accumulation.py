@@ -19,7 +19,6 @@ from reference import momentum_accumulation as numpy_hidden
 from reference import optimizers as numpy_optimizers
 from reference.problems import Regression
 
-from keras_ext import backend
 from keras_ext.optimizers import AccumOptimizer, OptimizerWrapper, Tiger
 from keras_ext.optimizers.momentum_accumulation import (
     MomentumAccumAdam,
@@ -505,11 +504,8 @@ def test_mixed_precision(dtype):
 class Passing(OptimizerWrapper):
     """The least that a wrapper does."""
 
-    def apply(self, grads, trainable_variables=None):
-        backend.merge_replicas(self._apply, self.align(grads, trainable_variables))
-
-    def _apply(self, grads):
-        self.apply_inner(grads)
+    def update(self, grads):
+        self.step_inner(grads)
 
 
 @two_optimizers

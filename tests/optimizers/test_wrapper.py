@@ -251,7 +251,7 @@ def test_moving_averages_inside_are_refused(name):
 
 def test_what_follows_the_weights_is_refused_inside():
     class Slow(UpdateWrapper):
-        tracks_weights = True
+        follows_weights = True
 
     with pytest.raises(ValueError, match="Slow of 'mine' keeps account of"):
         Same(AccumOptimizer(Slow("sgd", name="mine"), 2))

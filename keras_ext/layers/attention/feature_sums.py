@@ -162,6 +162,7 @@ class FeatureAttention(ProjectedAttention):
         source_mask: Any,
         attention_mask: Any,
         attention_bias: Any,
+        *,
         causal: bool,
         training: bool | None,
     ) -> Any:

@@ -94,10 +94,7 @@ class LinearAttention(FeatureAttention):
                 f"{feature_map!r}."
             )
         self.feature_map = feature_map
-
-    @property
-    def feature_means(self) -> bool:
-        return self.feature_map == "softmax"
+        self.feature_means = feature_map == "softmax"
 
     @property
     def num_features(self) -> int:
@@ -106,7 +103,7 @@ class LinearAttention(FeatureAttention):
         return self.key_dim + (self.feature_map == "taylor")
 
     def attend(self, *args: Any, causal: bool, **kwargs: Any) -> Any:
-        if causal and self.feature_map == "softmax":
+        if causal and self.feature_means:
             raise ValueError(
                 'feature_map "softmax" normalises keys over all tokens, later ones included: '
                 'use feature_map="exp" for causal attention.'

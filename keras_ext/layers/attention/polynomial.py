@@ -49,7 +49,8 @@ def polynomial_features(x: Any, order: int, kind: str = "taylor") -> Any:
     x = ops.convert_to_tensor(x)
     size = x.shape[-1]
     monomials, parts = ops.ones_like(x[..., :1]), []
-    indices = [()]  # of the factors of each monomial of one degree, not decreasing
+    # Of the factors of each monomial of one degree, not decreasing.
+    indices: list[tuple[int, ...]] = [()]
     for degree in range(order + 1):
         if degree:
             grown = [

@@ -53,7 +53,8 @@ def t5_buckets(
         first = np.where(distances > 0, num_buckets, 0)
         distances = np.abs(distances)
     else:
-        first, distances = 0, np.maximum(-distances, 0)
+        first = np.zeros_like(distances)
+        distances = np.maximum(-distances, 0)
     exact = num_buckets // 2  # the nearest distances have a bucket each
     ratio = np.log(np.maximum(distances, exact) / exact) / np.log(max_distance / exact)
     shared = exact + np.floor(ratio * (num_buckets - exact) + 1e-9)

@@ -26,14 +26,14 @@ def number(name: str, value: Any, interval: str) -> float:
     """
     low, high = map(float, interval[1:-1].split(","))
     if isinstance(value, Real) and not isinstance(value, bool):
-        value = float(value)
-        above = low <= value if interval[0] == "[" else low < value
-        below = value <= high if interval[-1] == "]" else value < high
+        found = float(value)
+        above = low <= found if interval[0] == "[" else low < found
+        below = found <= high if interval[-1] == "]" else found < high
         if above and below:  # not for NaN
-            return value
+            return found
     accepted = f"in {interval}"
     if math.isinf(high):
-        accepted = f"{'>=' if interval[0] == '[' else '>'} {low:g} and finite"
+        accepted = f"{'>=' if interval[0] == '[' else '>'} {low:g}"
     raise ValueError(f"{name} must be a number {accepted}, got {value!r}.")
 
 

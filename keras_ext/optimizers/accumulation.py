@@ -185,24 +185,28 @@ class AccumOptimizer(OptimizerWrapper):
         backend.add_to([self.accumulators[i] for i in present], [grads[i] for i in present])
         self.weight_sum.assign_add(weight)
         self.micro_step.assign_add(count)
-        self.when(self.micro_step >= self.accum_steps, lambda: self._update(present))
+        # Of the others the state tells; one that was frozen in mid-cycle stays where it is.
+        doubtful = [
+            i
+            for i, v in enumerate(self.inner_variables)
+            if grads[i] is None and not self.is_frozen(v)
+        ]
+        self.when(self.micro_step >= self.accum_steps, lambda: self._update(present, doubtful))
 
     def _clear_sums(self) -> None:
         for accumulator in self.accumulators:
             _set_to_zero(accumulator)
 
-    def _update(self, certain: list[int]) -> None:
+    def _update(self, certain: list[int], doubtful: list[int]) -> None:
         """One step of the inner optimizer with the mean, then an empty cycle.
 
         Args:
-            certain: places of the variables that are known to have a gradient. Of the others,
-                the state tells; one that was frozen in mid-cycle stays where it is.
+            certain: places of the variables that are known to have a gradient.
+            doubtful: places of those of which `had_gradient` tells when the step runs.
         """
         weight_sum = ops.convert_to_tensor(self.weight_sum)
         total = ops.where(weight_sum > 0, weight_sum, 1.0)
         variables = self.inner_variables
-        known = set(certain)
-        doubtful = [i for i, v in enumerate(variables) if i not in known and v.trainable]
 
         def step(indices):
             grads = [None] * len(variables)
@@ -231,7 +235,7 @@ class AccumOptimizer(OptimizerWrapper):
         pending = int(ops.convert_to_numpy(self.micro_step))
         if pending and self.remainder == "apply":
             had = np.flatnonzero(ops.convert_to_numpy(self.had_gradient)).tolist()
-            self._update([i for i in had if self.inner_variables[i].trainable])
+            self._update([i for i in had if not self.is_frozen(self.inner_variables[i])], [])
         elif pending and self.remainder == "drop":
             self._start_cycle()
         finish_inner()

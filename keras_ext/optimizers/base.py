@@ -126,6 +126,14 @@ class BaseOptimizer(keras.optimizers.Optimizer):
         """The variables that the optimizer was built for."""
         return list(self._trainable_variables)
 
+    def build(self, variables: list) -> None:
+        super().build(list(variables))
+        self._trained = {id(v) for v in variables if v.trainable}
+
+    def is_frozen(self, variable: keras.Variable) -> bool:
+        """Whether a variable was trained when the optimizer was built, but is no more."""
+        return id(variable) in self._trained and not variable.trainable
+
     @property
     def own_variables(self) -> list:
         """The state of this optimizer alone."""

@@ -114,7 +114,7 @@ class MomentumAccumulation(BaseOptimizer):
         if self.built:
             return
         refuse_overwritten(self, variables)
-        super().build(list(variables))
+        super().build(variables)
         for slot in self.slots:
             setattr(self, slot, [self.add_sum_variable(v, slot[:-1]) for v in variables])
         self.micro_step = self.add_variable((), dtype="int", name="micro_step")
@@ -145,7 +145,8 @@ class MomentumAccumulation(BaseOptimizer):
                 for i in present:
                     m = moment.variables[i]
                     due = fresh[i] if finite is None else ops.logical_and(fresh[i], finite[i])
-                    m.assign(m.value * ops.cast(ops.where(due, moment.decay, 1.0), m.dtype))
+                    factors = (ops.convert_to_tensor(x, m.dtype) for x in (moment.decay, 1.0))
+                    m.assign(m.value * ops.where(due, *factors))
 
         self.when(ops.any(fresh), decay)
         for moment in moments:
@@ -174,7 +175,7 @@ class MomentumAccumulation(BaseOptimizer):
         variables = self.model_variables
         # Of those without a gradient now, the state tells whether they had one in the cycle.
         others = [i for i in range(len(variables)) if i not in set(present)]
-        others = [i for i in others if variables[i].trainable]
+        others = [i for i in others if not self.is_frozen(variables[i])]
         doubtful = [i for i in present if in_doubt(variables[i]) is not None]
         for i in present:
             self._step_one(i, last, finite, self.had_gradient[i] if i in doubtful else True)

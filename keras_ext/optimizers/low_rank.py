@@ -214,11 +214,15 @@ class LowRankOptimizer(OptimizerWrapper):
     def update(self, grads: list) -> None:
         small, moved = [], []
         doubtful: dict[int, Any] = {}
+        # What accumulates inside may move factors without a gradient in this step.
+        waits = any(map(nesting.accumulates, nesting.chain(self.inner_optimizer)))
         for part, grad in zip(self.projections, grads, strict=True):
             if part is None:
                 small.append(grad)
             elif grad is None:
                 small += [None] * len(part.coordinates)
+                if waits:
+                    moved.append((part, part.basis(None), None))
             else:
                 grad = ops.cast(grad, part.dtype)
                 basis = part.basis(grad)

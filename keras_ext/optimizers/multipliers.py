@@ -86,7 +86,7 @@ class MultiplierOptimizer(UpdateWrapper):
         super().__init__(optimizer, name=name)
         if isinstance(multipliers, Mapping):
             multipliers = list(multipliers.items())
-        if isinstance(multipliers, str) or not all(map(_is_pair, multipliers)):
+        if not isinstance(multipliers, (list, tuple)) or not all(map(_is_pair, multipliers)):
             raise ValueError(
                 "multipliers must be a dictionary {regular expression or layer: multiplier}, "
                 f"or a list of such pairs, got {multipliers!r}."
@@ -161,8 +161,7 @@ def layerwise_decay(model: keras.Model, decay: float) -> dict[str, float]:
     Reference: Bao et al. 2021 (BEiT), arXiv 2106.08254; Clark et al. 2020 (ELECTRA),
     arXiv 2003.10555.
     """
-    if not 0 < decay <= 1:
-        raise ValueError(f"decay must be in (0, 1], got {decay!r}.")
+    decay = arguments.number("decay", decay, "(0, 1]")
     paths = [w.path for w in model.weights]
     blocks = [int(found[1]) for path in paths if (found := BLOCK.search(path))]
     if not blocks:

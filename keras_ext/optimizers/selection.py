@@ -27,8 +27,9 @@ class Selection:
 
     def __init__(self, argument: str, chosen: Selectable | Sequence[Selectable] | None) -> None:
         self.argument = argument
-        single = isinstance(chosen, (str, keras.layers.Layer, keras.Variable))
-        self.parts = [chosen] if single else list(chosen or ())
+        if chosen is None:
+            chosen = []
+        self.parts = list(chosen) if isinstance(chosen, (list, tuple)) else [chosen]
         for part in self.parts:
             self._check(part)
 

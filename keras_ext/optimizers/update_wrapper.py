@@ -80,8 +80,9 @@ class UpdateWrapper(OptimizerWrapper):
         for i, w in zip(chosen, old, strict=True):
             variable = variables[i]
             new = ops.stop_gradient(variable.value)
+            constraint = variable.constraint if self.constrains(i) else None
+            moved = None if constraint is None else ops.any(new != w)
             variable.assign(self.rewrite(i, cast_up(w), cast_up(new), grads[i], before))
-            if variable.constraint is not None and self.constrains(i):
-                moved = ops.any(new != w)  # by none, while the inner optimizer waits
-                value = variable.constraint(variable)
+            if constraint is not None:
+                value = constraint(variable)
                 variable.assign(ops.where(moved, value, variable.value))

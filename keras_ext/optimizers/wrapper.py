@@ -99,7 +99,7 @@ class OptimizerWrapper(BaseOptimizer):
         return [name for name in super().__dir__() if name not in self.branch_names]
 
     def build(self, variables: list) -> None:
-        super().build(list(variables))
+        super().build(variables)
         self.inner_optimizer.build(self.inner_variables)
 
     @property

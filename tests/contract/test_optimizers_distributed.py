@@ -2,7 +2,7 @@
 
 import keras
 import pytest
-from contract.test_optimizers import ROWS, ROWS_OF_TABLE, distance, fit, model_of
+from contract.test_optimizers import ROWS, ROWS_OF_TABLE, assert_near, fit, model_of
 from reference.problems import Regression
 
 BACKEND = keras.backend.backend()
@@ -24,7 +24,7 @@ def test_mirrored_strategy(row, problem, mirrored):
     with mirrored.scope():
         model, optimizer = model_of(problem), row.make()
     actual = fit(model, problem, optimizer=optimizer, jit_compile=False)
-    assert distance(actual, row.reference(problem)) < 5e-6
+    assert_near(actual, row, problem, 5e-6)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution runs on JAX")
@@ -36,4 +36,4 @@ def test_data_parallel(row, problem):
         actual = fit(model_of(problem), problem, optimizer=row.make(), jit_compile=True)
     finally:
         keras.distribution.set_distribution(None)
-    assert distance(actual, row.reference(problem)) < 5e-6
+    assert_near(actual, row, problem, 5e-6)

@@ -1,4 +1,4 @@
-"""Which weights had a gradient is a fact of the cycle, not of a trace, a process or the past."""
+"""Which weights had a gradient is a fact of the cycle, not of a trace or a process."""
 
 import keras
 import numpy as np

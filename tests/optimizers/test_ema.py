@@ -11,7 +11,7 @@ from reference.problems import Regression
 from keras_ext.optimizers import AccumOptimizer
 from keras_ext.optimizers.ema import EMAOptimizer
 from keras_ext.optimizers.lookahead import LookaheadOptimizer
-from keras_ext.optimizers.wrapper import UpdateWrapper
+from keras_ext.optimizers.update_wrapper import UpdateWrapper
 
 BACKEND = keras.backend.backend()
 LR = 0.05
@@ -343,7 +343,9 @@ def test_data_parallel():
 
 @pytest.mark.parametrize("momentum", [0.0, 1.0, -0.5, 2, float("nan")])
 def test_bad_momentum(momentum):
-    with pytest.raises(ValueError, match=f"momentum must be between 0 and 1, got {momentum}"):
+    with pytest.raises(
+        ValueError, match=f"momentum must be a number in \\(0, 1\\), got {momentum}"
+    ):
         EMAOptimizer("sgd", momentum)
 
 

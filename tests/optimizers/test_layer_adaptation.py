@@ -148,13 +148,13 @@ def test_multipliers_outside_multiply_the_relative_step(problem):
 
 
 def test_refusals(problem):
-    with pytest.raises(ValueError, match="cancels the multipliers inside"):
+    with pytest.raises(ValueError, match="cancels the multipliers of"):
         LayerAdaptiveOptimizer(AccumOptimizer(MultiplierOptimizer("sgd", {"kernel": 2.0}), 2))
     if hasattr(keras.optimizers, "MultiOptimizer"):
         multi = keras.optimizers.MultiOptimizer(lambda variable: keras.optimizers.SGD())
-        with pytest.raises(ValueError, match="MultiOptimizer has no single learning rate"):
+        with pytest.raises(ValueError, match=r"'multi_optimizer.* has no single learning rate"):
             LayerAdaptiveOptimizer(multi)
-    with pytest.raises(ValueError, match="exclude must be regular expressions, got 3"):
+    with pytest.raises(ValueError, match="layers or variables, got 3"):
         LayerAdaptiveOptimizer("sgd", exclude=[3])
     with pytest.raises(ValueError, match="exclude: 'biass' matches no variable"):
         LayerAdaptiveOptimizer("sgd", exclude="biass").build(build(problem).trainable_variables)

@@ -135,7 +135,7 @@ def test_the_tokens_of_an_accumulated_update_are_those_of_the_cycle():
     ],
 )
 def test_accumulation_inside_is_refused(inner):
-    with pytest.raises(ValueError, match=r"accumulates 2 micro-batches.*AccumOptimizer\(Lazy"):
+    with pytest.raises(ValueError, match=r"accumulates micro-batches.*AccumOptimizer\(Lazy"):
         LazyOptimizer(inner())
 
 
@@ -197,5 +197,5 @@ def test_patterns_that_find_nothing(patterns, message):
 
 @pytest.mark.parametrize("patterns", ["(", ["embeddings", 3]])
 def test_bad_patterns(patterns):
-    with pytest.raises(ValueError, match="patterns must be regular expressions, got"):
+    with pytest.raises(ValueError, match=r"include must be .*layers or variables, got"):
         LazyOptimizer("sgd", patterns)

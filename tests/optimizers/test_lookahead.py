@@ -12,7 +12,7 @@ from reference.problems import Regression
 
 from keras_ext.optimizers import AccumOptimizer
 from keras_ext.optimizers.lookahead import LookaheadOptimizer
-from keras_ext.optimizers.wrapper import UpdateWrapper
+from keras_ext.optimizers.update_wrapper import UpdateWrapper
 
 BACKEND = keras.backend.backend()
 LR = 0.05
@@ -413,9 +413,12 @@ def test_data_parallel():
         ({"sync_period": 0}, "sync_period must be an integer >= 1, got 0"),
         ({"sync_period": 5.0}, "sync_period must be an integer >= 1, got 5.0"),
         ({"sync_period": True}, "sync_period must be an integer >= 1, got True"),
-        ({"slow_step_size": 0.0}, r"slow_step_size must be in \(0, 1\], got 0.0"),
-        ({"slow_step_size": 1.5}, r"slow_step_size must be in \(0, 1\], got 1.5"),
-        ({"slow_step_size": float("nan")}, r"slow_step_size must be in \(0, 1\], got nan"),
+        ({"slow_step_size": 0.0}, r"slow_step_size must be a number in \(0, 1\], got 0.0"),
+        ({"slow_step_size": 1.5}, r"slow_step_size must be a number in \(0, 1\], got 1.5"),
+        (
+            {"slow_step_size": float("nan")},
+            r"slow_step_size must be a number in \(0, 1\], got nan",
+        ),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -212,7 +212,7 @@ def test_a_saved_layer_key_acts_on_the_same_variables(tmp_path, problem):
     resumed = keras.saving.load_model(tmp_path / "m.keras")
     for m in (model, resumed):
         m.fit(problem.x, problem.y, shuffle=False, verbose=0)
-    assert resumed.optimizer.multipliers == {r"^(dense/kernel|dense/bias)$": 0.0}
+    assert resumed.optimizer.multipliers == [[[r"^(dense/kernel|dense/bias)$"], 0.0]]
     moved = [np.any(a != b) for a, b in zip(before, resumed.get_weights(), strict=True)]
     assert moved == [False, False, True, True]
     for a, b in zip(model.get_weights(), resumed.get_weights(), strict=True):
@@ -256,14 +256,15 @@ def test_two_variables_of_one_path_cannot_be_told_apart():
 @pytest.mark.parametrize(
     ("multipliers", "message"),
     [
-        ([("kernel", 0.5)], "multipliers must be a dictionary"),
-        ({"kernel": -1.0}, "0 <= m < inf, got -1.0 for 'kernel'"),
-        ({"kernel": np.inf}, "0 <= m < inf, got inf"),
-        ({"kernel": float("nan")}, "0 <= m < inf, got nan"),
-        ({"kernel": True}, "0 <= m < inf, got True"),
-        ({"kernel": "0.5"}, "0 <= m < inf, got '0.5'"),
-        ({3: 0.5}, "must be regular expressions, got 3"),
-        ({"(": 0.5}, r"must be regular expressions, got '\('"),
+        ("kernel", "multipliers must be a dictionary"),
+        (["kernel"], "or a list of such pairs, got"),
+        ({"kernel": -1.0}, "multiplier of 'kernel' must be a number >= 0, got -1.0"),
+        ({"kernel": np.inf}, "must be a number >= 0, got inf"),
+        ({"kernel": float("nan")}, "must be a number >= 0, got nan"),
+        ({"kernel": True}, "must be a number >= 0, got True"),
+        ({"kernel": "0.5"}, "must be a number >= 0, got '0.5'"),
+        ({3: 0.5}, "must be regular expressions, layers or variables, got 3"),
+        ({"(": 0.5}, r"must be regular expressions, layers or variables, got '\('"),
     ],
 )
 def test_bad_arguments(multipliers, message):
@@ -363,7 +364,7 @@ def test_layerwise_decay_needs_blocks(problem):
     with pytest.raises(ValueError, match=r"encoder_0, encoder_1.*kernel"):
         layerwise_decay(build(problem), 0.9)
     for decay in (0.0, 1.1, -1.0):
-        with pytest.raises(ValueError, match=r"decay must be in \(0, 1\], got"):
+        with pytest.raises(ValueError, match=r"decay must be a number in \(0, 1\], got"):
             layerwise_decay(small_bert(), decay)
 
 

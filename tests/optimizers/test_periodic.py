@@ -120,7 +120,10 @@ def test_errors():
     for call, message in (
         (lambda: PeriodicOptimizer(same, same, "bias"), "must be another object"),
         (lambda: periodic(0), "period must be an integer >= 1, got 0"),
-        (lambda: periodic(slow=3), "slow must be regular expressions, got 3"),
+        (
+            lambda: periodic(slow=3),
+            "slow must be regular expressions, layers or variables, got 3",
+        ),
         (lambda: periodic(slow="x").build([keras.Variable(0.0, name="y")]), "'x' matches no"),
         (lambda: periodic(slow="y").build([keras.Variable(0.0, name="y")]), "'y' is all of"),
     ):

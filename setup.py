@@ -32,7 +32,7 @@ setup(
         "nlp": nlp,
         "clue": clue,
         "pretraining": pretraining,
-        "test": [*pretraining, *notebooks, "optax", "pytest", "pytest-xdist", "ruff"],
+        "test": [*pretraining, *notebooks, "mypy", "optax", "pytest", "pytest-xdist", "ruff"],
     },
     classifiers=[
         "Intended Audience :: Developers",

@@ -77,11 +77,8 @@ KERAS = {
     "LayerAdaptiveOptimizer": (lambda k, e: e.LayerAdaptiveOptimizer(k.Adam(LR)), "Lamb"),
     "Adafactor": (lambda k, e: k.Adafactor(LR), "AdamW"),
     "RelativeAdafactor": (lambda k, e: e.RelativeAdafactor(LR), "Adafactor"),
-    "LowRankOptimizer lora": (lambda k, e: e.LowRankOptimizer(adamw(k), RANK), "AdamW"),
-    "LowRankOptimizer galore": (
-        lambda k, e: e.LowRankOptimizer(adamw(k), RANK, mode="galore"),
-        "AdamW",
-    ),
+    "LoRAOptimizer": (lambda k, e: e.LoRAOptimizer(adamw(k), RANK), "AdamW"),
+    "GaLoreOptimizer": (lambda k, e: e.GaLoreOptimizer(adamw(k), RANK), "AdamW"),
 }
 OPTAX = {
     "optax adamw": "AdamW",
@@ -343,7 +340,7 @@ def cycles(mode):
         ours = {name: keras_on_jax_cycle(name) for name in KERAS}
         return ours | {name: optax_cycle(name) for name in optax}
     xla = mode == "TF XLA"
-    slow = {"LowRankOptimizer galore"} if xla else ()  # XLA's SVD on a CPU takes minutes
+    slow = {"GaLoreOptimizer"} if xla else ()  # XLA's SVD on a CPU takes minutes
     return {name: tensorflow_cycle(name, xla) for name in KERAS if name not in slow}
 
 

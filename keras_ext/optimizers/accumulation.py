@@ -62,6 +62,16 @@ class AccumOptimizer(OptimizerWrapper):
     Attributes:
         micro_step: micro-batches in the current cycle, 0 to k - 1.
         skipped: micro-batches skipped so far.
+        had_gradient: for every weight, whether it had a gradient in the current cycle.
+
+    Raises:
+        ValueError: a bad argument, or something inside accumulates as well; in a compiled step,
+            if a weight has a gradient in some steps only and an optimizer inside cannot leave
+            it out (`use_ema`, or state that is not a list with an entry per weight).
+
+    Under mixed_float16 `compile` puts a `LossScaleOptimizer` outside. While its scale falls
+    after an overflow, it leaves out one micro-batch here and all of the large batch there, so
+    the two runs see other examples; as long as nothing overflows they agree to rounding.
 
     Unequal micro-batches: in a step of your own pass `apply(grads, variables, weight=n)` or
     `stateless_apply(..., weight=n)`; in `fit`, build the model with

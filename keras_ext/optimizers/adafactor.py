@@ -38,7 +38,7 @@ from keras import ops
 
 from keras_ext import arguments, backend
 from keras_ext.numerics import at_least_float32
-from keras_ext.optimizers.base import is_overwritten
+from keras_ext.optimizers.base import is_overwritten, layout_of, variable_index
 from keras_ext.optimizers.schedules import InverseSquareRoot
 from keras_ext.optimizers.selection import Selectable, Selection
 
@@ -148,8 +148,7 @@ class RelativeAdafactor(keras.optimizers.Optimizer):
         return self.add_variable(
             shape,
             dtype=at_least_float32(variable.dtype),
-            # Sharded like the weight it is for.
-            layout=getattr(variable, "_layout", None) if over is None else None,
+            layout=layout_of(variable) if over is None else None,
             name=f"{variable.path.replace('/', '_')}_{name}",
         )
 
@@ -157,7 +156,7 @@ class RelativeAdafactor(keras.optimizers.Optimizer):
         super().apply([_as_one_tensor(g) for g in grads], trainable_variables)
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        index = self._get_variable_index(variable)
+        index = variable_index(self, variable)
         dtype = at_least_float32(variable.dtype)
         gradient = ops.cast(gradient, dtype)
         step = gradient / ops.sqrt(self._mean_square(index, gradient) + self.epsilon_1)

@@ -34,6 +34,16 @@ def refuse_overwritten(optimizer: Any, variables: list) -> None:
         )
 
 
+def variable_index(optimizer: keras.optimizers.Optimizer, variable: Any) -> int:
+    """Place of a variable, as `update_step` gets it, in the list of those built for."""
+    return optimizer._get_variable_index(variable)
+
+
+def layout_of(variable: keras.Variable) -> Any:
+    """How a weight is sharded, for the state that belongs to it."""
+    return getattr(variable, "_layout", None)
+
+
 class BaseOptimizer(keras.optimizers.Optimizer):
     """Base of optimizers that write `update(grads)` instead of `apply`.
 
@@ -41,11 +51,11 @@ class BaseOptimizer(keras.optimizers.Optimizer):
     summed over the replicas of a strategy, as one tensor, rows of repeated tokens added up.
     It is called once, outside of the replicas, so it may use conditionals (`when`).
 
-    Private names of `keras.optimizers.Optimizer` are used in this class and in
-    `OptimizerWrapper` only, and tested: `_variables` (what this object itself created),
-    `_trainable_variables` (what it was built for), `_get_variable_index`,
-    `_check_variables_are_known`, `_filter_empty_gradients` (raises if there is no gradient,
-    warns if one is missing), `_use_weight_decay` (the answer to `exclude_from_weight_decay`).
+    Private names of Keras are used in this file and in wrapper.py only, as a test checks:
+    `_variables` (what an optimizer itself created), `_trainable_variables` (what it was built
+    for), `_get_variable_index`, `_check_variables_are_known`, `_filter_empty_gradients` (raises
+    if there is no gradient, warns if one is missing), `_use_weight_decay` (the answer to
+    `exclude_from_weight_decay`), and of a variable `_layout`.
     """
 
     # Whether `update` gets gradients of embeddings as one tensor. Otherwise on TensorFlow they
@@ -144,7 +154,7 @@ class BaseOptimizer(keras.optimizers.Optimizer):
         return self.add_variable(
             like.shape,
             dtype=at_least_float32(like.dtype),
-            layout=getattr(like, "_layout", None),  # sharded like the weight it is for
+            layout=layout_of(like),
             name=f"{like.path.replace('/', '_')}_{name}",
         )
 

@@ -305,7 +305,7 @@ def _state(optimizer: Any, weight: keras.Variable) -> list:
         and all(item is None or isinstance(item, keras.Variable) for item in value)
     ]
     listed = {id(v) for slot in slots for v in slot}
-    strange = [v.path for v in optimizer.variables if v.shape and id(v) not in listed]
+    strange = [v.path for v in optimizer.variables if len(v.shape) and id(v) not in listed]
     if strange or optimizer.use_ema:
         reason = f"its state {strange[0]} belongs to no weight" if strange else "use_ema=True"
         raise ValueError(

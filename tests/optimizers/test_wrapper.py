@@ -1,5 +1,7 @@
 """UpdateWrapper: what MultiplierOptimizer, LazyOptimizer and LayerAdaptiveOptimizer share."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from reference import optimizers as numpy_optimizers
 from reference import update_wrappers as reference
 from reference.problems import Regression
 
+from keras_ext import optimizers
 from keras_ext.optimizers import (
     AccumOptimizer,
     LayerAdaptiveOptimizer,
@@ -247,6 +250,68 @@ def test_moving_averages_inside_are_refused(name):
             ValueError, match=r"changes the steps that use_ema=True of '(?i:sgd)"
         ):
             wrap(inner)
+
+
+def periodic(a, b):
+    return optimizers.PeriodicOptimizer(a, b, slow="slow", period=1)
+
+
+SGD, SCALE = keras.optimizers.SGD, keras.optimizers.LossScaleOptimizer
+REFUSED = {
+    "accumulation twice": lambda: AccumOptimizer(AccumOptimizer("sgd", 1), 2),
+    "in Adam's moments": lambda: AccumOptimizer(optimizers.MomentumAccumAdam(1e-3, 4), 4),
+    "in Tiger's": lambda: AccumOptimizer(optimizers.Tiger(1e-3, 4), 4),
+    "in the slow branch": lambda: AccumOptimizer(periodic("sgd", AccumOptimizer("sgd", 2)), 2),
+    "in Keras": lambda: AccumOptimizer(periodic("sgd", SGD(gradient_accumulation_steps=2)), 2),
+    "an average moved": lambda: MultiplierOptimizer(
+        periodic("sgd", optimizers.EMAOptimizer("adam")), {"a": 0.5}
+    ),
+    "use_ema moved": lambda: LazyOptimizer(periodic("sgd", SGD(use_ema=True))),
+    "slow weights moved": lambda: optimizers.LookaheadOptimizer(
+        periodic(optimizers.LookaheadOptimizer("sgd"), "sgd")
+    ),
+    "scaled gradients clipped": lambda: optimizers.ClipOptimizer(
+        periodic("sgd", SCALE(SGD())), 1.0
+    ),
+    "overflows kept from the scale": lambda: AccumOptimizer(
+        periodic("sgd", SCALE(SGD())), 2, nonfinite="skip"
+    ),
+    "rows of the last of several": lambda: LazyOptimizer(optimizers.Tiger(1e-3, 2)),
+    "two rates": lambda: LayerAdaptiveOptimizer(periodic(SGD(1e-3), SGD(0.1))),
+    "multipliers that cancel": lambda: LayerAdaptiveOptimizer(
+        periodic("sgd", MultiplierOptimizer("sgd", {"a": 0.5}))
+    ),
+    "a basis that changes": lambda: optimizers.GaLoreOptimizer(
+        optimizers.MomentumAccumSGD(0.1, 0.9, 2), 1
+    ),
+    "factors averaged": lambda: optimizers.LoRAOptimizer(optimizers.EMAOptimizer("sgd"), 1),
+}
+
+
+@pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_stand_inside_is_refused_in_every_branch(make):
+    with pytest.raises(ValueError, match=r"[Pp]ut|Set the number|Accumulate outside|must be"):
+        make()
+
+
+def test_numbers_of_numpy_are_numbers():
+    k, x = np.int64(2), np.float32(0.5)
+    for optimizer in (
+        AccumOptimizer("sgd", k),
+        optimizers.ClipOptimizer("sgd", x),
+        optimizers.LookaheadOptimizer("sgd", k, x),
+        optimizers.EMAOptimizer("sgd", x),
+        optimizers.PeriodicOptimizer("sgd", "adam", "bias", k),
+        optimizers.LoRAOptimizer("sgd", k, alpha=x),
+        optimizers.GaLoreOptimizer("sgd", k, update_gap=k, scale=x),
+        MultiplierOptimizer("sgd", {"a": x}),
+        optimizers.MomentumAccumAdam(x, k, beta_1=x, beta_2=x, epsilon=x),
+        optimizers.Tiger(x, k, beta=x, shrink=x),
+        optimizers.RelativeAdafactor(x, beta_1=x, beta_2=x, min_dim_size_to_factor=k),
+    ):
+        config = json.loads(json.dumps(keras.saving.serialize_keras_object(optimizer)))
+        copy = keras.saving.deserialize_keras_object(config)
+        assert copy.get_config() == optimizer.get_config()
 
 
 def test_what_follows_the_weights_is_refused_inside():

@@ -21,6 +21,11 @@ _HAD_GRADIENT: contextvars.ContextVar[Mapping[int, Any]] = contextvars.ContextVa
 )
 
 
+# Before 3.11 a LossScaleOptimizer does nothing to what it wraps, so a wrapper does not learn of
+# one outside, and refuses one inside under the policy mixed_float16 when it is created.
+KERAS_SAYS_NOTHING = tuple(map(int, keras.__version__.split(".")[:2])) < (3, 11)
+
+
 @contextlib.contextmanager
 def had_gradient(flags: Mapping[int, Any]) -> Iterator[None]:
     """Within: weights by id, and tensors that say whether their gradient is one, or no more
@@ -93,6 +98,8 @@ class OptimizerWrapper(BaseOptimizer):
     def __init__(self, optimizer: keras.optimizers.Optimizer | str, name: str | None = None):
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = keras.optimizers.get(optimizer)
+        if KERAS_SAYS_NOTHING and keras.config.dtype_policy().compute_dtype == "float16":
+            self._refuse_scale_inside()
 
     def __dir__(self) -> list[str]:
         # Keras saves every optimizer that `dir` names as an object of its own.
@@ -176,10 +183,18 @@ class OptimizerWrapper(BaseOptimizer):
     def loss_scale_factor(self) -> Any:
         return self.inner_optimizer.loss_scale_factor
 
-    @loss_scale_factor.setter
-    def loss_scale_factor(self, value: Any) -> None:
-        # Keras's constructor sets it before there is an inner optimizer, and a
-        # LossScaleOptimizer sets it to None on the optimizer that it wraps.
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "loss_scale_factor":
+            super().__setattr__(name, value)
+            return
+        # A property would not do: on TensorFlow, Keras does not set what is the same already.
+        # A LossScaleOptimizer sets None on the optimizer that it wraps. (Keras's constructor
+        # sets it as well, before there is an inner optimizer.)
+        self._refuse_scale_inside()
+        for branch in nesting.branches(self):
+            branch.loss_scale_factor = value
+
+    def _refuse_scale_inside(self) -> None:
         kind = type(self).__name__
         nesting.refuse(
             self,
@@ -188,8 +203,6 @@ class OptimizerWrapper(BaseOptimizer):
             f"Put it outside, LossScaleOptimizer({kind}(...)), as compile does by itself under "
             "the policy mixed_float16; or compile with auto_scale_loss=False.",
         )
-        for branch in nesting.branches(self):
-            branch.loss_scale_factor = value
 
     def scale_loss(self, loss: Any) -> Any:
         return self.inner_optimizer.scale_loss(loss)

@@ -13,6 +13,7 @@ import pytest
 from keras import ops
 
 from keras_ext import optimizers
+from keras_ext.optimizers.wrapper import KERAS_SAYS_NOTHING
 
 BACKEND = keras.backend.backend()
 JIT = BACKEND != "torch"  # there it means torch.compile, which needs minutes
@@ -28,7 +29,7 @@ OPTIMIZERS = {
     "Ftrl": lambda: keras.optimizers.Ftrl(LR),
     "Lamb": lambda: keras.optimizers.Lamb(LR),
     "Lion": lambda: keras.optimizers.Lion(LR, weight_decay=0.1),
-    "Muon": lambda: keras.optimizers.Muon(LR, weight_decay=0.1, adam_weight_decay=0.05),
+    "Muon": lambda: keras.optimizers.Muon(LR, weight_decay=0.1),
     "Nadam": lambda: keras.optimizers.Nadam(LR),
     "RMSprop": lambda: keras.optimizers.RMSprop(LR, momentum=0.5, centered=True),
     "SGD": lambda: keras.optimizers.SGD(LR, clipnorm=0.5),
@@ -54,6 +55,8 @@ NESTED = WRAPPERS | {
     "Periodic": lambda o: optimizers.PeriodicOptimizer(o, "sgd", slow="bias", period=1),
     "LossScale Accum": lambda o: keras.optimizers.LossScaleOptimizer(WRAPPERS["Accum"](o)),
 }
+if KERAS_SAYS_NOTHING:
+    del OPTIMIZERS["Muon"]  # in Keras 3.10 it fails on TensorFlow
 each_wrapper = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 each_nesting = pytest.mark.parametrize("wrap", NESTED.values(), ids=NESTED)
 
@@ -80,9 +83,8 @@ def model_and_data():
 def fit(optimizer, model=None, **options):
     built, x, y = model_and_data()
     model = built if model is None else model
-    compile_options = {
-        k: options.pop(k) for k in ("jit_compile", "steps_per_execution") if k in options
-    }
+    compiling = {"jit_compile", "steps_per_execution", "run_eagerly"} & options.keys()
+    compile_options = {key: options.pop(key) for key in compiling}
     model.compile(optimizer, "mse", **compile_options)
     model.fit(x, y, **{"batch_size": 4, "shuffle": False, "verbose": 0} | options)
     return model
@@ -290,8 +292,14 @@ def test_loss_scaling_under_mixed_float16(wrap, mixed_float16):
 @pytest.mark.parametrize("name", ["Accum", "Multiplier", "Lookahead", "EMA"])
 def test_two_loss_scales_are_refused(name, mixed_float16):
     model, x, y = model_and_data()
-    inside = WRAPPERS[name](keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()))
-    with pytest.raises(ValueError, match=r"scaled twice.*outside, LossScaleOptimizer\("):
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
+    message = r"scaled twice.*outside, LossScaleOptimizer\("
+    if KERAS_SAYS_NOTHING:
+        with pytest.raises(ValueError, match=message):
+            WRAPPERS[name](scaled)
+        return
+    inside = WRAPPERS[name](scaled)
+    with pytest.raises(ValueError, match=message):
         model.compile(inside, "mse")
     # One scale acts where the user says so.
     model.compile(inside, "mse", auto_scale_loss=False)
@@ -312,8 +320,12 @@ def test_accumulation_in_half_precision_is_exact_while_nothing_overflows(mixed_f
 # --- files and copies
 
 
+# Two steps, and on TensorFlow without the time to trace them.
+SHORT = {"batch_size": 12, "run_eagerly": BACKEND == "tensorflow"}
+
+
 def trained(wrap):
-    return fit(wrap(OPTIMIZERS["AdamW"]()))
+    return fit(wrap(OPTIMIZERS["AdamW"]()), **SHORT)
 
 
 def state_of(model):
@@ -344,17 +356,17 @@ def test_weights_of_a_trained_model_in_a_fresh_one(wrap, tmp_path):
         fresh.load_weights(path)
     assert_same(fresh, model)
     assert not int(ops.convert_to_numpy(fresh.optimizer.iterations))
-    fit(fresh.optimizer, fresh)
+    fit(fresh.optimizer, fresh, **SHORT)
     # A built one takes the state.
     built = trained(wrap)
-    fit(built.optimizer, built)
+    fit(built.optimizer, built, **SHORT)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         built.load_weights(path)
     for a, b in zip(state_of(built), state_of(model), strict=True):
         np.testing.assert_array_equal(a, b)
-    fit(built.optimizer, built)
-    fit(model.optimizer, model)
+    fit(built.optimizer, built, **SHORT)
+    fit(model.optimizer, model, **SHORT)
     assert_same(built, model)
 
 
@@ -366,13 +378,13 @@ def test_a_model_saved_before_training(wrap, tmp_path):
     with pytest.warns(UserWarning, match="Skipping variable loading for optimizer"):
         loaded = keras.saving.load_model(tmp_path / "m.keras")
     if wrap is not NESTED["LoRA"]:  # whose first factors are drawn
-        assert_same(fit(loaded.optimizer, loaded), trained(wrap), 1e-6)
+        assert_same(fit(loaded.optimizer, loaded, **SHORT), trained(wrap), 1e-6)
 
 
 @each_nesting
 def test_weights_of_a_model_trained_with_another_optimizer(wrap, tmp_path):
     path = tmp_path / "m.weights.h5"
-    plain = fit(keras.optimizers.Adam(LR))
+    plain = fit(keras.optimizers.Adam(LR), **SHORT)
     plain.save_weights(path)
     model = trained(wrap)
     before = state_of(model)
@@ -404,8 +416,8 @@ def test_weights_of_a_model_trained_with_another_optimizer(wrap, tmp_path):
 )
 def test_state_of_another_wrapper_is_never_taken(saved, loaded, tmp_path):
     path = tmp_path / "m.weights.h5"
-    fit(saved()).save_weights(path)
-    model = fit(loaded())
+    fit(saved(), **SHORT).save_weights(path)
+    model = fit(loaded(), **SHORT)
     before = state_of(model)
     with pytest.warns(UserWarning, match=r"the saved optimizer has \d+, of|has the shape"):
         model.load_weights(path)

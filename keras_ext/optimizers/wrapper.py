@@ -28,8 +28,11 @@ KERAS_SAYS_NOTHING = tuple(map(int, keras.__version__.split(".")[:2])) < (3, 11)
 
 @contextlib.contextmanager
 def had_gradient(flags: Mapping[int, Any]) -> Iterator[None]:
-    """Within: weights by id, and tensors that say whether their gradient is one, or no more
-    than zeros in the place of None."""
+    """Tell the optimizers inside which gradients may be zeros in the place of None.
+
+    Args:
+        flags: id of a weight -> whether it had a gradient, as a boolean tensor.
+    """
     token = _HAD_GRADIENT.set({**_HAD_GRADIENT.get(), **flags})
     try:
         yield
@@ -54,7 +57,8 @@ class OptimizerWrapper(BaseOptimizer):
         step_inner(grads)       a step of the inner optimizer; whether it updated the weights
         when(predicate, fn)     fn() if the predicate holds, as in `when(updated, fn)`
         end_of_fit(finish)      override for what is left to do when `fit` ends
-        add_variable, add_sum_variable    state, created in `build` before `super().build`
+        add_variable(shape, dtype=, name=), add_sum_variable(like, name)
+                                state, to be created in `build`, which calls `super().build`
         follows_weights         class attribute: True if the state is computed from the weights
 
     Learning rate, iteration count, loss scaling, exclusions from weight decay and the end of

@@ -1,70 +1,126 @@
-"""JAX: the branch of a traced conditional must be pure, so assignments are recorded."""
+"""JAX: what is traced must be pure, so assignments are recorded and carried out outside."""
 
 import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import keras
+import numpy as np
 from jax import extend
 from jax import numpy as jnp
 
+from keras_ext.backend import scope
+from keras_ext.backend.scope import substitute, values_after  # noqa: F401 # part of the seam
 
-def run_if(predicate, fn, otherwise=None):
-    """See `keras_ext.backend`.
 
-    Under tracing both functions run in a scope that records what they assign; the recorded
-    values leave `jax.lax.cond` as outputs and are assigned outside.
+class _Pure:
+    """Calls of functions in a recording scope: its findings leave a transformation as outputs.
+
+    The variables that one call assigned are outputs of all later ones, so that the branches of
+    a conditional, or the turns of a loop, return the same.
     """
-    if not isinstance(predicate, jax.core.Tracer):
-        if predicate:
-            fn()
-        elif otherwise is not None:
-            otherwise()
-        return
-    assigned = {}
 
-    def recorded(branch):
-        def run():
-            scope = _RecordingScope()
-            with scope:
-                branch()
-                assigned.update(scope.assigned)
-                return [v.value for v in assigned.values()]
+    def __init__(self) -> None:
+        self.assigned: dict[int, keras.Variable] = {}
+        self.layers: list[keras.Layer] = []
+
+    def call(
+        self, fn: Callable, *args: Any, state: Sequence[Any] = ()
+    ) -> tuple[Any, list[Any], list[Any]]:
+        """What `fn` returns, the values it leaves, the losses it adds; `state` was before."""
+        variables = self.variables if state else []
+        with scope.RecordingScope(
+            seen=dict(zip(map(id, variables), state, strict=True))
+        ) as inside:
+            out = fn(*args)
+            self.assigned.update(inside.assigned)
+            values = [inside.current(v) for v in self.variables]
+        self.layers = [layer for layer, _ in inside.added]
+        return out, values, [loss for _, loss in inside.added]
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        return list(self.assigned.values())
+
+    def carry_out(self, values: Sequence[Any], losses: Sequence[Any] = ()) -> None:
+        scope.assign_all(self.variables, values)
+        scope.add_losses(self.layers, losses)
+
+
+def run_if(
+    predicate: Any, fn: Callable[[], Any], otherwise: Callable[[], Any] | None = None
+) -> None:
+    """See `keras_ext.backend`."""
+    if isinstance(predicate, jax.core.Tracer):
+        _branch(predicate, scope.returning_nothing(fn), scope.returning_nothing(otherwise))
+    elif predicate:
+        fn()
+    elif otherwise is not None:
+        otherwise()
+
+
+def run_either(
+    predicate: Any,
+    true_fn: Callable[[Any], Any],
+    false_fn: Callable[[Any], Any],
+    inputs: Any,
+    recompute: bool = False,
+) -> Any:
+    """See `keras_ext.backend`."""
+    if isinstance(predicate, jax.core.Tracer):
+        return _branch(predicate, lambda: true_fn(inputs), lambda: false_fn(inputs))
+    return true_fn(inputs) if predicate else false_fn(inputs)
+
+
+def _branch(predicate: Any, fn: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+    pure = _Pure()
+
+    def recorded(branch: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            out, values, losses = pure.call(branch)
+            if losses:
+                raise scope.loss_in_a_branch(pure.layers)
+            return out, values
 
         return run
 
-    if otherwise is None:  # traced second, when it is known what `fn` assigns
-        unless = recorded(lambda: None)
-    else:
-        unless = recorded(otherwise)
-        jax.eval_shape(unless)  # so that `fn` is known to leave what this one assigns
-    values = jax.lax.cond(predicate, recorded(fn), unless)
-    for variable, value in zip(assigned.values(), values, strict=True):
-        variable.assign(value)
+    # So that `fn` is known to leave what this one assigns. Traced last, it leaves that of `fn`.
+    jax.eval_shape(recorded(otherwise))
+    out, values = jax.lax.cond(predicate, recorded(fn), recorded(otherwise))
+    pure.carry_out(values)
+    return out
 
 
-def add_to(variables, tensors, scale=1):
+def add_to(variables: Sequence[keras.Variable], tensors: Sequence[Any], scale: Any = 1) -> None:
     for variable, tensor in zip(variables, tensors, strict=True):
         tensor, factor = (jnp.asarray(x, variable.dtype) for x in (tensor, scale))
         variable.assign(variable.value + factor * tensor)
 
 
-def values(gradient):
+def stored_values(gradient: Any) -> Any:
     return gradient
 
 
-def map_values(fn, gradient):
+def map_values(fn: Callable, gradient: Any) -> Any:
     return fn(gradient)
 
 
-def densify(gradient):
+def densify(gradient: Any) -> Any:
     return gradient
 
 
-def copies(variables):
+def snapshot(variables: Iterable[keras.Variable]) -> list[Any]:
     return [v.value for v in variables]  # arrays do not change
 
 
-def apply_gradients(optimizer, grads, variables, after=(), whole=()):
+def apply_gradients(
+    optimizer: keras.Optimizer,
+    grads: Sequence[Any],
+    variables: Sequence[keras.Variable],
+    after: Iterable[Any] = (),
+    whole: Iterable[bool] = (),
+) -> None:
     """See `keras_ext.backend`. `LossScaleOptimizer.apply` leaks tracers on JAX."""
     if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         optimizer.apply(grads, variables)
@@ -78,16 +134,16 @@ def apply_gradients(optimizer, grads, variables, after=(), whole=()):
         variable.assign(value)
 
 
-def merge_replicas(fn, grads, *scalars):
+def merge_replicas(fn: Callable, grads: Sequence[Any], *scalars: Any) -> None:
     """Nothing to merge: a JAX array is global, its gradient already covers all devices."""
     fn(grads, *scalars)
 
 
-def num_replicas():
+def num_replicas() -> int:
     return 1
 
 
-def has_value(variable):
+def has_value(variable: keras.Variable) -> bool:
     """Whether the variable can be read.
 
     The JAX trainer empties the variables before a step and fills them after the epoch. When
@@ -97,107 +153,59 @@ def has_value(variable):
     return value is not None and not value.is_deleted()
 
 
-def value_and_grad(fn, has_aux=False):
-    """See `keras_ext.backend`.
+def value_and_grad(fn: Callable, has_aux: bool = False) -> Callable:
+    """See `keras_ext.backend`."""
 
-    What `fn` assigns (random seeds, moving averages) holds tracers, so it is recorded, leaves
-    the transformation as an output, and is assigned outside.
-    """
+    def run(x: Any, *args: Any) -> Any:
+        pure = _Pure()
 
-    def run(x, *args):
-        assigned = []
+        def value_and_rest(x: Any) -> Any:
+            out, *rest = pure.call(fn, x, *args)
+            return (out[0] if has_aux else out), (out, *rest)
 
-        def pure(x):
-            scope = _RecordingScope()
-            with scope:
-                out = fn(x, *args)
-            assigned.extend(scope.assigned.values())
-            values = [scope.state_mapping[id(v)] for v in assigned]
-            return (out[0] if has_aux else out), (out, values)
-
-        (_, (out, values)), grads = jax.value_and_grad(pure, has_aux=True)(
+        (_, (out, *rest)), grads = jax.value_and_grad(value_and_rest, has_aux=True)(
             keras.tree.map_structure(keras.ops.convert_to_tensor, x)
         )
-        for variable, value in zip(assigned, values, strict=True):
-            variable.assign(value)
+        pure.carry_out(*rest)
         return out, grads
 
     return run
 
 
-class _RecordingScope(keras.StatelessScope):
-    """Reads through to the scope outside of it, and remembers what was assigned."""
-
-    def __init__(self):
-        super().__init__(initialize_variables=False)
-        self.assigned = {}
-
-    def get_current_value(self, variable):
-        value = super().get_current_value(variable)
-        if value is None and self.original_scope is not None:
-            value = self.original_scope.get_current_value(variable)
-        return value
-
-    def add_update(self, update):
-        super().add_update(update)
-        self.assigned[id(update[0])] = update[0]
-
-
-def cond(predicate, true_fn, false_fn, inputs, variables, recompute=False):
-    """See `keras_ext.backend`.
-
-    What the branches assign is recorded under tracing, leaves `jax.lax.cond` as an output, and
-    is assigned outside.
-    """
-    if not isinstance(predicate, jax.core.Tracer):
-        return true_fn(inputs) if predicate else false_fn(inputs)
-    assigned = {}
-
-    def recorded(fn):
-        def run():
-            scope = _RecordingScope()
-            with scope:
-                out = fn(inputs)
-                values = [v.value for v in variables]
-            assigned.update(scope.assigned)
-            return out, values
-
-        return run
-
-    out, values = jax.lax.cond(predicate, recorded(true_fn), recorded(false_fn))
-    for variable, value in zip(variables, values, strict=True):
-        if id(variable) in assigned:
-            variable.assign(value)
+def recompute(fn: Callable, tensors: Sequence[Any]) -> Any:
+    """See `keras_ext.backend`. The tensors are not arguments, as they have Keras masks."""
+    pure = _Pure()
+    out, *rest = jax.checkpoint(lambda: pure.call(fn, *tensors))()
+    pure.carry_out(*rest)
     return out
 
 
-def recompute(fn, tensors, variables):
-    """See `keras_ext.backend`. The tensors are not arguments, as they have Keras masks."""
-    assigned = {}
+def map_chunks(fn: Callable, xs: Any) -> Any:
+    """See `keras_ext.backend`."""
+    pure = _Pure()
+    xs = keras.tree.map_structure(keras.ops.convert_to_tensor, xs)
+    # What `fn` assigns goes from turn to turn, so it has to be known before the first one.
+    first = keras.tree.map_structure(lambda x: x[0], xs)
+    jax.eval_shape(lambda: pure.call(fn, first))
+    before = scope.current_values(pure.variables)
 
     @jax.checkpoint
-    def run():
-        scope = _RecordingScope()
-        with scope:
-            out = fn(*tensors)
-            values = [v.value for v in variables]
-        assigned.update(scope.assigned)
-        return out, values
+    def turn(state: list[Any], x: Any) -> Any:
+        out, state, losses = pure.call(fn, x, state=state)
+        return state, (out, losses)
 
-    out, values = run()
-    for variable, value in zip(variables, values, strict=True):
-        if id(variable) in assigned:
-            variable.assign(value)
-    return out
+    values, (ys, losses) = jax.lax.scan(turn, before, xs)
+    pure.carry_out(values, [loss.sum() for loss in losses])
+    return ys
 
 
-def product_flops(fn, specs):
+def product_flops(fn: Callable, specs: Iterable[tuple[tuple, str]]) -> int:
     """See `keras_ext.backend`."""
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in specs]
     return _count(jax.make_jaxpr(fn)(*arguments).jaxpr)
 
 
-def _count(jaxpr):
+def _count(jaxpr: Any) -> int:
     flops = 0
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
@@ -217,17 +225,38 @@ def _count(jaxpr):
     return flops
 
 
-def compile(fn, variables, jit_compile=True):
+def compile(
+    fn: Callable, variables: Sequence[keras.Variable], jit_compile: bool = True
+) -> Callable:
     """See `keras_ext.backend`. The values are arguments, so that they can change."""
+    variables = list(variables)
 
     @jax.jit
-    def pure(values, *args):
-        with keras.StatelessScope(list(zip(variables, values, strict=True))):
-            return fn(*args)
+    def pure(values: list[Any], *args: Any) -> Any:
+        with scope.RecordingScope(variables, values) as inside:
+            out = fn(*args)
+        scope.check_listed(inside.assigned.values(), variables)
+        # By index: each signature of the arguments is traced, and may assign others.
+        places = [i for i, v in enumerate(variables) if id(v) in inside.assigned]
+        return out, {i: inside.state_mapping[id(variables[i])] for i in places}
 
-    return lambda *args: pure([v.value for v in variables], *args)
+    def run(*args: Any) -> Any:
+        out, values = pure([v.value for v in variables], *args)
+        scope.assign_all([variables[i] for i in values], values.values())
+        return out
+
+    return run
 
 
-def adopt(array):
+def wrap_array(array: np.ndarray) -> Any:
     """See `keras_ext.backend`."""
     return jax.device_put(array, may_alias=True)
+
+
+def sync_variables(model: keras.Model) -> None:
+    """See `keras_ext.backend`. While it trains, the values are arguments of the step."""
+    model.jax_state_sync()
+
+
+def generator_state() -> None:
+    """See `keras_ext.backend`. All draws are of variables."""

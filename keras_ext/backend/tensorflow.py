@@ -1,20 +1,34 @@
 """TensorFlow: sparse gradients of embeddings, and replicas under `tf.distribute`."""
 
 import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 import keras
+import numpy as np
 import tensorflow as tf
 
+from keras_ext.backend import scope
+from keras_ext.backend.scope import substitute  # noqa: F401 # part of the seam
 
-def run_if(predicate, fn, otherwise=None):
+_ZERO = tf.UnconnectedGradients.ZERO
+
+
+def run_if(
+    predicate: Any, fn: Callable[[], Any], otherwise: Callable[[], Any] | None = None
+) -> Any:
     """See `keras_ext.backend`."""
     predicate = tf.convert_to_tensor(predicate)
+    if scope.is_open():  # what is assigned has to leave the conditional, as it waits there
+        fn, otherwise = scope.returning_nothing(fn), scope.returning_nothing(otherwise)
+        run_either(predicate, fn, otherwise, ())
+        return tf.constant(False)
     done = _run_if(predicate, fn)
     return done if otherwise is None else _run_if(tf.logical_not(predicate), otherwise)
 
 
-def _run_if(predicate, fn):
-    def run():
+def _run_if(predicate: Any, fn: Callable[[], Any]) -> Any:
+    def run() -> Any:
         fn()
         return tf.constant(False)
 
@@ -25,7 +39,7 @@ def _run_if(predicate, fn):
     return tf.while_loop(lambda due: due, lambda _: (run(),), (predicate,))[0]
 
 
-def add_to(variables, tensors, scale=1):
+def add_to(variables: Sequence[keras.Variable], tensors: Sequence[Any], scale: Any = 1) -> None:
     """`variable += scale * tensor`; of an `IndexedSlices` only the rows that occur."""
     for variable, tensor in zip(variables, tensors, strict=True):
         tensor, target = tf.cast(tensor, variable.dtype), variable.value
@@ -41,27 +55,33 @@ def add_to(variables, tensors, scale=1):
             )
 
 
-def values(gradient):
+def stored_values(gradient: Any) -> Any:
     return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
 
 
-def map_values(fn, gradient):
+def map_values(fn: Callable, gradient: Any) -> Any:
     """Apply an elementwise `fn` with fn(0) = 0 to the values that the gradient stores."""
     if isinstance(gradient, tf.IndexedSlices):
         return tf.IndexedSlices(fn(gradient.values), gradient.indices, gradient.dense_shape)
     return fn(gradient)
 
 
-def densify(gradient):
+def densify(gradient: Any) -> Any:
     """Of an `IndexedSlices`, the whole table: rows that occur more than once are summed."""
     return tf.convert_to_tensor(gradient)
 
 
-def copies(variables):
-    return [tf.identity(v.value) for v in variables]
+def snapshot(variables: Iterable[keras.Variable]) -> list[Any]:
+    return [tf.identity(v) for v in scope.current_values(variables)]
 
 
-def apply_gradients(optimizer, grads, variables, after=(), whole=()):
+def apply_gradients(
+    optimizer: keras.Optimizer,
+    grads: Sequence[Any],
+    variables: Sequence[keras.Variable],
+    after: Iterable[Any] = (),
+    whole: Iterable[bool] = (),
+) -> None:
     """See `keras_ext.backend`. Outside the replicas of a strategy, enter them for it.
 
     Rows of repeated tokens are summed before: the optimizers of Keras would square and clip
@@ -80,7 +100,7 @@ def apply_gradients(optimizer, grads, variables, after=(), whole=()):
             optimizer.apply(grads, variables)
         return
 
-    def in_replica(*grads):
+    def in_replica(*grads: Any) -> None:
         first = tf.distribute.get_replica_context().replica_id_in_sync_group == 0
         with tf.control_dependencies(after):
             shares = [
@@ -93,7 +113,7 @@ def apply_gradients(optimizer, grads, variables, after=(), whole=()):
         strategy.extended.call_for_each_replica(in_replica, args=tuple(grads))
 
 
-def merge_replicas(fn, grads, *scalars):
+def merge_replicas(fn: Callable, grads: Sequence[Any], *scalars: Any) -> None:
     """Call `fn(grads, *scalars)` once, with the sums over all replicas.
 
     A conditional must not stand inside a replica when one of its branches merges the
@@ -103,8 +123,8 @@ def merge_replicas(fn, grads, *scalars):
         fn(grads, *scalars)
         return
 
-    def merged(strategy, grads, *scalars):
-        def total(value):
+    def merged(strategy: Any, grads: Sequence[Any], *scalars: Any) -> None:
+        def total(value: Any) -> Any:
             if value is None:
                 return None
             return strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None)
@@ -115,19 +135,19 @@ def merge_replicas(fn, grads, *scalars):
     tf.distribute.get_replica_context().merge_call(merged, args=(dense, *scalars))
 
 
-def num_replicas():
+def num_replicas() -> int:
     """Replicas of the current `tf.distribute` strategy; each brings its share of a gradient."""
     return tf.distribute.get_strategy().num_replicas_in_sync
 
 
-def has_value(variable):
+def has_value(variable: keras.Variable) -> bool:
     return True
 
 
-def value_and_grad(fn, has_aux=False):
+def value_and_grad(fn: Callable, has_aux: bool = False) -> Callable:
     """See `keras_ext.backend`."""
 
-    def run(x, *args):
+    def run(x: Any, *args: Any) -> Any:
         # New tensors: the gradient is that of this use of x, also if `args` hold it.
         x = keras.tree.map_structure(lambda t: tf.identity(tf.convert_to_tensor(t)), x)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -142,81 +162,254 @@ def value_and_grad(fn, has_aux=False):
     return run
 
 
-def cond(predicate, true_fn, false_fn, inputs, variables, recompute=False):
+class _Pure:
+    """Functions of one structure as functions of flat tensors, which assign nothing.
+
+    The tensors are the leaves of `inputs`, then what the scopes outside say of variables: the
+    gradient reaches both, and the scopes may be closed when a function is run again for it.
+    """
+
+    def __init__(self, inputs: Any) -> None:
+        self.inputs = inputs
+        self.leaves = keras.tree.flatten(inputs)
+        self.given = [i for i, leaf in enumerate(self.leaves) if leaf is not None]
+        seen = scope.seen_outside()
+        self.seen = list(seen)
+        self.tensors = [*(self.leaves[i] for i in self.given), *seen.values()]
+        self.assigned: dict[int, keras.Variable] = {}  # by any call
+        self.layers: list[keras.Layer] = []  # those that added losses, and
+        self.outputs: Any = None  # what was returned, in the last call
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        return list(self.assigned.values())
+
+    def call(self, fn: Callable, flat: Sequence[Any], state: Sequence[Any] = ()) -> Any:
+        """Leaves that `fn` returns, the losses it adds, the values it leaves.
+
+        `state` is what the variables held before, if they may hold something else by now.
+        """
+        leaves, number = list(self.leaves), len(self.given)
+        for i, tensor in zip(self.given, flat[:number], strict=True):
+            leaves[i] = _like(tensor, leaves[i])
+        known = dict(zip(self.seen, flat[number:], strict=True))
+        if state:
+            known.update(zip(self.assigned, state, strict=True))
+        with scope.RecordingScope(seen=known) as inside:
+            self.outputs = fn(keras.tree.pack_sequence_as(self.inputs, leaves))
+        self.assigned.update(inside.assigned)
+        self.layers = [layer for layer, _ in inside.added]
+        values = [tf.identity(inside.current(v)) for v in self.variables]
+        outputs = [tf.convert_to_tensor(y) for y in keras.tree.flatten(self.outputs)]
+        return outputs, [loss for _, loss in inside.added], values
+
+    def trace(self, fn: Callable, inputs: Sequence[Any] | None = None) -> list[tf.TensorSpec]:
+        """Find out what `fn` assigns and returns, in a graph that is never run."""
+        flat = self.tensors if inputs is None else [*inputs, *self.tensors[len(self.given) :]]
+        specs: list[tf.TensorSpec] = []
+
+        def look() -> None:
+            outputs, losses, _ = self.call(fn, flat)
+            specs.extend(tf.TensorSpec(y.shape, y.dtype) for y in [*outputs, *losses])
+
+        tf.function(look, autograph=False).get_concrete_function()
+        return specs
+
+    def gradients(
+        self,
+        fn: Callable,
+        flat: Sequence[Any],
+        state: Sequence[Any],
+        weights: Any,
+        upstream: Any,
+    ) -> list[Any]:
+        """Of `fn`, computed again: to those of `flat` that are floats, then to the weights."""
+        sources = [*filter(_is_float, flat), *weights]
+        watched = tf.GradientTape(watch_accessed_variables=False)
+        with scope.losses_kept(), watched as tape:
+            tape.watch(sources)
+            outputs, losses, _ = self.call(fn, flat, state)
+        pairs = zip([*outputs, *losses], upstream, strict=True)
+        kept = [(y, u) for y, u in pairs if _is_float(y)]
+        found = tape.gradient([y for y, _ in kept], sources, [u for _, u in kept], _ZERO)
+        return [densify(g) for g in found]
+
+    def weights(self, variables: Sequence[Any]) -> list[Any]:
+        """Of the variables that were read those that the gradient goes to."""
+        state = {id(v) for v in scope.current_values(self.variables)}
+        return [w for w in variables if _is_float(w) and id(w) not in state]
+
+
+def _is_float(tensor: Any) -> bool:
+    return tensor.dtype.is_floating
+
+
+def _spread(
+    found: Sequence[Any], flat: Sequence[Any], weights: Sequence[Any], variables: Sequence[Any]
+) -> tuple[list[Any], list[Any]]:
+    """Gradients as tf.custom_gradient takes them: None for what is no float or no weight."""
+    rest = iter(found)
+    of_flat = [next(rest) if _is_float(x) else None for x in flat]
+    of_weights = dict(zip(map(id, weights), rest, strict=True))
+    return of_flat, [of_weights.get(id(v)) for v in variables]
+
+
+def run_either(
+    predicate: Any,
+    true_fn: Callable[[Any], Any],
+    false_fn: Callable[[Any], Any],
+    inputs: Any,
+    recompute: bool = False,
+) -> Any:
     """See `keras_ext.backend`.
 
     The gradient of a tf.cond takes what the branches computed out of it, and each pads what the
     other gives with placeholders of unknown size, at which XLA stops. With `recompute` the
     gradient is a tf.cond of its own, that goes forwards and back within the branch.
+
+    What the branches assign leaves the tf.cond, as on JAX: within, nothing can be assigned that
+    waits in a scope outside, or is summed over replicas.
     """
-    if not recompute or tf.executing_eagerly():
-        return tf.cond(predicate, lambda: true_fn(inputs), lambda: false_fn(inputs))
+    if tf.executing_eagerly():
+        return true_fn(inputs) if predicate else false_fn(inputs)
+    pure = _Pure(inputs)
+    for fn in (true_fn, false_fn):
+        pure.trace(fn)
+        if pure.layers:
+            raise scope.loss_in_a_branch(pure.layers)
+    values: list[Any] = []
+
+    def forwards(*flat: Any) -> list[Any]:
+        def branch(fn: Callable) -> Callable:
+            def run() -> Any:
+                outputs, _, values = pure.call(fn, flat)
+                return outputs, values
+
+            return run
+
+        outputs, values[:] = tf.cond(predicate, branch(true_fn), branch(false_fn))
+        return outputs
 
     @tf.custom_gradient
-    def run(x):  # x is `inputs` itself, with its mask
-        before = list(zip(variables, copies(variables), strict=True))
-        constant = {id(v.value) for v in variables}
+    def with_gradient(*flat: Any) -> Any:
+        before = snapshot(pure.variables)
 
-        def grad(upstream, variables=()):  # the weights that the branches read
-            weights = [w for w in variables if id(w) not in constant]
+        def grad(*upstream: Any, variables: Sequence[Any] = ()) -> Any:
+            weights = pure.weights(variables)
 
-            def again(fn):
-                def gradients():
-                    # State is read as it was before, and what is assigned is forgotten.
-                    state = keras.StatelessScope(before, initialize_variables=False)
-                    with state, tf.GradientTape(watch_accessed_variables=False) as tape:
-                        tape.watch([x, *weights])
-                        y = fn(x)
-                    zero = tf.UnconnectedGradients.ZERO
-                    return [densify(g) for g in tape.gradient(y, [x, *weights], upstream, zero)]
+            def again(fn: Callable) -> Callable:
+                return lambda: pure.gradients(fn, flat, before, weights, upstream)
 
-                return gradients
+            found = tf.cond(predicate, again(true_fn), again(false_fn))
+            return _spread(found, flat, weights, variables)
 
-            of_x, *rest = tf.cond(predicate, again(true_fn), again(false_fn))
-            of_weights = dict(zip(map(id, weights), rest, strict=True))
-            return of_x, [of_weights.get(id(w)) for w in variables]
+        return forwards(*flat), grad
 
-        return tf.cond(predicate, lambda: true_fn(x), lambda: false_fn(x)), grad
-
-    return run(inputs)
+    outputs = (with_gradient if recompute else forwards)(*pure.tensors)
+    scope.assign_all(pure.variables, values)
+    return keras.tree.pack_sequence_as(pure.outputs, outputs)
 
 
-def recompute(fn, tensors, variables):
+def recompute(fn: Callable, tensors: Sequence[Any]) -> Any:
     """See `keras_ext.backend`."""
-    given = [i for i, tensor in enumerate(tensors) if tensor is not None]
+    pure = _Pure(list(tensors))
+    values: list[Any] = []
 
-    def call(flat):
-        arguments = list(tensors)
-        for i, tensor in zip(given, flat, strict=True):
-            arguments[i] = _like(tensor, tensors[i])
+    def call(arguments: list[Any]) -> Any:
         return fn(*arguments)
 
     @tf.custom_gradient
-    def run(*flat):
-        before = list(zip(variables, copies(variables), strict=True))
-        constant = {id(v.value) for v in variables}
+    def run(*flat: Any) -> Any:
+        outputs, losses, values[:] = pure.call(call, flat)
+        before = snapshot(pure.variables)  # nothing is assigned yet
 
-        def grad(upstream, variables=()):
-            weights = [w for w in variables if id(w) not in constant]
-            state = keras.StatelessScope(before, initialize_variables=False)
+        def grad(*upstream: Any, variables: Sequence[Any] = ()) -> Any:
+            weights = pure.weights(variables)
             # After the gradient that comes in, and on copies: else a graph would find that it
             # has computed all this before, and keep it.
-            with tf.control_dependencies([upstream]):
+            with tf.control_dependencies(upstream):
                 again = [tf.identity(x) for x in flat]
-            with state, tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch([*again, *weights])
-                y = call(again)
-            zero = tf.UnconnectedGradients.ZERO
-            found = [densify(g) for g in tape.gradient(y, [*again, *weights], upstream, zero)]
-            of_weights = dict(zip(map(id, weights), found[len(flat) :], strict=True))
-            return found[: len(flat)], [of_weights.get(id(w)) for w in variables]
+            found = pure.gradients(call, again, before, weights, upstream)
+            return _spread(found, flat, weights, variables)
 
-        return call(flat), grad
+        return [*outputs, *losses], grad
 
-    return run(*(tensors[i] for i in given))
+    outputs = run(*pure.tensors)
+    losses = outputs[len(outputs) - len(pure.layers) :]
+    scope.assign_all(pure.variables, values)
+    scope.add_losses(pure.layers, losses)
+    return keras.tree.pack_sequence_as(pure.outputs, outputs[: len(outputs) - len(losses)])
 
 
-def _like(tensor, other):
+def map_chunks(fn: Callable, xs: Any) -> Any:
+    """See `keras_ext.backend`."""
+    xs = keras.tree.map_structure(lambda x: tf.identity(tf.convert_to_tensor(x)), xs)
+    pure = _Pure(xs)
+    values: list[Any] = []
+    number = len(pure.given)
+    specs = pure.trace(fn, [x[0] for x in pure.tensors[:number]])
+    turns = pure.tensors[0].shape[0]
+    if turns is None:
+        turns = tf.shape(pure.tensors[0])[0]
+
+    def loop(turn: Callable, carried: list[Any], specs: Sequence[tf.TensorSpec]) -> Any:
+        """`turn(i, carried)` gives what it hands on and what is kept of each turn."""
+
+        def body(i: Any, carried: list[Any], arrays: list[Any]) -> Any:
+            carried, kept = turn(i, carried)
+            return i + 1, carried, [a.write(i, t) for a, t in zip(arrays, kept, strict=True)]
+
+        arrays = [tf.TensorArray(s.dtype, turns, element_shape=s.shape) for s in specs]
+        _, carried, arrays = tf.while_loop(
+            lambda i, *_: i < turns,
+            body,
+            (tf.constant(0), carried, arrays),
+            parallel_iterations=1,
+            maximum_iterations=turns,
+        )
+        return carried, [a.stack() for a in arrays]
+
+    def rows(flat: Sequence[Any], i: Any) -> list[Any]:
+        return [*(tf.gather(x, i) for x in flat[:number]), *flat[number:]]
+
+    @tf.custom_gradient
+    def run(*flat: Any) -> Any:
+        def turn(i: Any, state: list[Any]) -> Any:
+            outputs, losses, new = pure.call(fn, rows(flat, i), state)
+            return new, [*outputs, *losses, *state]
+
+        before = snapshot(pure.variables)
+        values[:], kept = loop(turn, before, [*specs, *map(tf.TensorSpec.from_tensor, before)])
+        results, states = kept[: len(specs)], kept[len(specs) :]
+
+        def grad(*upstream: Any, variables: Sequence[Any] = ()) -> Any:
+            weights = pure.weights(variables)
+            chunked = [x for x in flat[:number] if _is_float(x)]
+            shared = [*filter(_is_float, flat[number:]), *weights]
+
+            def turn(i: Any, sums: list[Any]) -> Any:
+                state, up = ([tf.gather(t, i) for t in ts] for ts in (states, upstream))
+                found = pure.gradients(fn, rows(flat, i), state, weights, up)
+                count = len(chunked)
+                return [s + g for s, g in zip(sums, found[count:], strict=True)], found[:count]
+
+            sums, of_chunks = loop(
+                turn,
+                [tf.zeros(w.shape, w.dtype) for w in shared],
+                [tf.TensorSpec(x.shape[1:], x.dtype) for x in chunked],
+            )
+            return _spread([*of_chunks, *sums], flat, weights, variables)
+
+        return results, grad
+
+    results = run(*pure.tensors)
+    outputs = results[: len(results) - len(pure.layers)]
+    scope.assign_all(pure.variables, values)
+    scope.add_losses(pure.layers, map(tf.reduce_sum, results[len(outputs) :]))
+    return keras.tree.pack_sequence_as(pure.outputs, outputs)
+
+
+def _like(tensor: Any, other: Any) -> Any:
     """The tensor with the Keras mask of another."""
     mask = getattr(other, "_keras_mask", None)  # private: there is no public way to set one
     if mask is not None:
@@ -224,14 +417,14 @@ def _like(tensor, other):
     return tensor
 
 
-def product_flops(fn, specs):
+def product_flops(fn: Callable, specs: Iterable[tuple[tuple, str]]) -> int:
     """See `keras_ext.backend`."""
     arguments = [tf.TensorSpec(shape, dtype) for shape, dtype in specs]
     graph = tf.function(fn).get_concrete_function(*arguments).graph
     return sum(_count(operation) for operation in graph.get_operations())
 
 
-def _count(operation):
+def _count(operation: Any) -> int:
     shapes = [tuple(x.shape) for x in operation.inputs]
     if operation.type in ("MatMul", "BatchMatMulV2", "BatchMatMulV3"):
         turned = "transpose_a" if operation.type == "MatMul" else "adj_x"
@@ -239,7 +432,7 @@ def _count(operation):
         return 2 * inner * math.prod(operation.outputs[0].shape)
     if operation.type == "Einsum":
         labels = operation.get_attr("equation").decode().split("->")[0].split(",")
-        sizes = {}
+        sizes: dict[str, int] = {}
         for names, shape in zip(labels, shapes, strict=True):
             sizes.update(zip(names, shape, strict=True))
         return 2 * math.prod(sizes.values()) if len(shapes) > 1 else 0
@@ -252,11 +445,30 @@ def _count(operation):
     return 0
 
 
-def compile(fn, variables, jit_compile=True):
+def compile(
+    fn: Callable, variables: Sequence[keras.Variable], jit_compile: bool = True
+) -> Callable:
     """See `keras_ext.backend`."""
     return tf.function(fn, jit_compile=jit_compile)
 
 
-def adopt(array):
+def wrap_array(array: np.ndarray) -> Any:
     """See `keras_ext.backend`."""
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())  # others copy twice
+
+
+def sync_variables(model: keras.Model) -> None:
+    """See `keras_ext.backend`."""
+
+
+def generator_state() -> None:
+    """See `keras_ext.backend`. All draws are of variables."""
+
+
+def values_after(
+    fn: Callable[[], Any], variables: list[keras.Variable], values: list[Any]
+) -> NoReturn:
+    """See `keras_ext.backend`."""
+    raise ValueError(
+        "Optimizers of Keras have no pure update on TensorFlow: they assign a tf.Variable."
+    )

@@ -101,7 +101,7 @@ class Generator:
         self.start_token = start_token
         self.seed_generator = keras.random.SeedGenerator(seed)
         self.jit_compile = jit_compile is not False
-        self._programs: dict[Search, tuple[Any, Any]] = {}
+        self._programs: dict[Search, tuple[Any, ...]] = {}
 
     def generate(
         self,
@@ -210,7 +210,7 @@ class Generator:
                 f"tokens, as the model has {most} positions, got {number}."
             )
 
-    def _compiled(self, search: Search) -> tuple[Any, Any]:
+    def _compiled(self, search: Search) -> tuple[Any, ...]:
         if search not in self._programs:
             variables = self.cached.model.variables
             self._programs[search] = tuple(

@@ -105,13 +105,11 @@ class TheseusModule(keras.layers.Layer):
         _check_rate("replacement_rate", replacement_rate)
         if not training or self.settled:
             return _run(self.successor, inputs, training=bool(training))
-        layers = [*self.predecessor, *self.successor]
-        outputs = backend.cond(
+        outputs = backend.run_either(
             keras.random.uniform((), seed=self.seed_generator) < replacement_rate,
             lambda x: _run(self.successor, x, training=True),
             self._replace_nothing,
             inputs,
-            variables=[v for layer in layers for v in layer.non_trainable_variables],
             recompute=self.recompute,
         )
         # Layers called next without `training` take over that of the last call, which may be

@@ -227,7 +227,7 @@ class TransformerBlock(keras.layers.Layer):
 
         tensors = inputs, memory, condition, attention_bias
         if training and self.recompute:
-            return backend.recompute(run, tensors, self.non_trainable_variables)
+            return backend.recompute(run, tensors)
         return run(*tensors)
 
     def _run(

@@ -326,7 +326,7 @@ def _assign(variable: keras.Variable, read: Callable[..., np.ndarray]) -> None:
         variable.assign(read(shape=tuple(variable.shape)))
     else:
         variable._initializer = lambda shape, dtype: keras.ops.convert_to_tensor(
-            backend.adopt(read(shape=tuple(shape))), dtype
+            backend.wrap_array(read(shape=tuple(shape))), dtype
         )
 
 

@@ -151,14 +151,13 @@ class AccumOptimizer(OptimizerWrapper):
 
         Returns: the new values of the trainable variables and of `self.variables`.
         """
-        if weight is None or keras.backend.backend() == "tensorflow":  # where Keras refuses it
+        if weight is None:
             return super().stateless_apply(optimizer_variables, grads, trainable_variables)
         variables = self.model_variables + self.variables
         values = [*trainable_variables, *optimizer_variables]
-        scope = keras.StatelessScope(list(zip(variables, values, strict=True)))
-        with scope:
-            self.apply(grads, weight=weight)
-        values = [scope.get_current_value(v) for v in variables]
+        values = backend.values_after(
+            lambda: self.apply(grads, weight=weight), variables, values
+        )
         count = len(self.model_variables)
         return values[:count], values[count:]
 
@@ -181,7 +180,7 @@ class AccumOptimizer(OptimizerWrapper):
         found = ops.convert_to_tensor([g is not None for g in grads])
         count = 1
         if self.nonfinite == "skip":
-            finite = all_finite([backend.values(grads[i]) for i in present])
+            finite = all_finite([backend.stored_values(grads[i]) for i in present])
             grads = [_where(finite, g) for g in grads]
             weight = ops.where(finite, weight, 0.0)
             count = ops.cast(finite, self.micro_step.dtype)

@@ -33,7 +33,7 @@ class AdditiveFactors(Projection):
         )
 
     def basis(self, grad: Any) -> list:
-        return backend.copies(self.coordinates)
+        return backend.snapshot(self.coordinates)
 
     def gradients(self, basis: list, grad: Any) -> list:
         (n, m), (rows, columns) = self.variable.shape, self.blocks

@@ -44,7 +44,7 @@ class SingularVectors(Projection):
             projector.assign(self.singular_vectors(grad, projector))
 
         self.owner.when(due, refresh)
-        return backend.copies([projector])
+        return backend.snapshot([projector])
 
     def singular_vectors(self, grad: Any, before: Any) -> Any:
         grad = ops.where(ops.isfinite(grad), grad, 0)  # torch refuses NaN, and NaN would stay

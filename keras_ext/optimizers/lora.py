@@ -35,7 +35,7 @@ class LoRAFactors(Projection):
         )
 
     def basis(self, grad: Any) -> list:
-        return backend.copies(self.coordinates)
+        return backend.snapshot(self.coordinates)
 
     def gradients(self, basis: list, grad: Any) -> list:
         a, b = basis

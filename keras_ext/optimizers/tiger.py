@@ -94,7 +94,7 @@ class Tiger(MomentumAccumulation):
         finite = [
             ops.convert_to_tensor(True)
             if g is None
-            else ops.all(ops.isfinite(backend.values(g)))
+            else ops.all(ops.isfinite(backend.stored_values(g)))
             for g in grads
         ]
         grads = [

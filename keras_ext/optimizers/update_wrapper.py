@@ -74,7 +74,7 @@ class UpdateWrapper(OptimizerWrapper):
     def update(self, grads: list) -> None:
         variables = self.inner_variables
         chosen = [i for i in range(len(grads)) if self.rewrites(i) and self.is_gradient(i)]
-        old = backend.copies([variables[i] for i in chosen])
+        old = backend.snapshot([variables[i] for i in chosen])
         before = self.before_step()
         self.step_inner(grads, after=[*old, *keras.tree.flatten(before)])
         for i, w in zip(chosen, old, strict=True):

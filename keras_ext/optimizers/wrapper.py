@@ -159,7 +159,7 @@ class OptimizerWrapper(BaseOptimizer):
             if in_doubt(v) is not None
             for state in _state(optimizer, v)
         ]
-        old = backend.copies([state for state, _ in kept])
+        old = backend.snapshot([state for state, _ in kept])
         # Two of Keras's wrappers want all gradients; who else is told of no gradient warns.
         if not isinstance(optimizer, (keras.optimizers.LossScaleOptimizer, nesting.MULTI)):
             given = [i for i, g in enumerate(grads) if g is not None]

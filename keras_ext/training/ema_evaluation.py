@@ -65,7 +65,7 @@ class EvaluateWithEMA(keras.callbacks.Callback):
         optimizer = self._optimizer()
         if optimizer.built and _updates(optimizer) > 0:
             weights = optimizer.inner_variables
-            self._put_aside = weights, backend.copies(weights), _updates(optimizer)
+            self._put_aside = weights, backend.snapshot(weights), _updates(optimizer)
             optimizer.assign_averages()
 
     def restore(self):

@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 
+from keras_ext import backend
 from keras_ext.layers.attention.favor import FavorAttention
 
 
@@ -52,7 +53,6 @@ class RedrawFeatures(keras.callbacks.Callback):
         if self.since < self.every:
             return
         self.since = 0
-        if keras.backend.backend() == "jax":  # the step's values are elsewhere while it trains
-            self.model.jax_state_sync()
+        backend.sync_variables(self.model)
         for layer in self.layers:
             layer.redraw()

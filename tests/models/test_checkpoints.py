@@ -208,7 +208,7 @@ def test_an_aligned_array_is_not_copied():
         array = _aligned(shape, np.dtype("float32"))
         array[...] = 1
         with keras.device("cpu"):
-            tensor = backend.adopt(array)
+            tensor = backend.wrap_array(array)
         array[...] = 2
         np.testing.assert_array_equal(ops.convert_to_numpy(tensor), array)
 

@@ -270,7 +270,7 @@ class GatedAttentionBlock(keras.layers.Layer):
             return self.attention_norm(inputs + attended)
 
         if training and self.recompute:
-            return backend.recompute(run, (inputs,), self.non_trainable_variables)
+            return backend.recompute(run, (inputs,))
         return run(inputs)
 
     def step(self, inputs: Any, state: Any, **pattern: Any) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ import keras
 from keras import ops
 
 from keras_ext.layers.linear_chain import crf_decode, crf_negative_log_likelihood
+from keras_ext.numerics import at_least_float32
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
@@ -144,8 +145,8 @@ class CRFLoss(keras.losses.Loss):
         reduction: str | None = "sum_over_batch_size",
         name: str = "crf_loss",
     ) -> None:
-        dtype = keras.backend.result_type(keras.config.floatx(), "float32")
-        super().__init__(name, reduction, dtype)
+        dtype = keras.config.floatx() if isinstance(crf, str) else crf.compute_dtype
+        super().__init__(name, reduction, at_least_float32(dtype))
         self.crf = crf
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:

@@ -26,10 +26,10 @@ Source: Lafferty, McCallum and Pereira 2001, ICML; Collobert et al. 2011, arXiv 
 
 from typing import Any
 
-import keras
 from keras import ops
 
 from keras_ext.backend import value_and_grad
+from keras_ext.numerics import at_least_float32
 
 
 def crf_log_partition(
@@ -145,7 +145,7 @@ def _standardize(
 ) -> tuple[Any, Any, Any]:
     """Emissions that include start and end, transitions, and what each position is."""
     emissions = ops.convert_to_tensor(emissions)
-    dtype = keras.backend.result_type(emissions.dtype, "float32")
+    dtype = at_least_float32(emissions.dtype)
     arrays = (emissions, transitions, start, end)
     emissions, transitions, start, end = (ops.cast(x, dtype) for x in arrays)
     if mask is None:

@@ -30,6 +30,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ext.numerics import cast_up
+
 
 class GANLoss:
     """Base of the losses here; a subclass defines `discriminator` and `generator`."""
@@ -199,7 +201,7 @@ class GANQP(GANLoss):
 
     def distance(self, a: Any, b: Any) -> Any:
         """d(a, b) per pair, a mean over all dimensions but the first: (batch,). No gradient."""
-        a, b = (at_least_float32(ops.stop_gradient(ops.convert_to_tensor(x))) for x in (a, b))
+        a, b = (cast_up(ops.stop_gradient(ops.convert_to_tensor(x))) for x in (a, b))
         axes = tuple(range(1, len(a.shape)))
         if self.norm == "l1":
             return ops.mean(ops.abs(a - b), axis=axes)
@@ -213,13 +215,9 @@ class GANQP(GANLoss):
         return {"scale": self.scale, "norm": self.norm, "epsilon": self.epsilon}
 
 
-def at_least_float32(x: Any) -> Any:
-    return ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
-
-
 def _scores(real: Any, fake: Any) -> list[Any]:
     """In float32 at least; an absent score stays None."""
-    return [None if s is None else at_least_float32(s) for s in (real, fake)]
+    return [None if s is None else cast_up(s) for s in (real, fake)]
 
 
 LOSSES = {

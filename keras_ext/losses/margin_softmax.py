@@ -46,6 +46,7 @@ from keras_ext.losses.margins import (
     combined_target,
     simple_a_target,
 )
+from keras_ext.numerics import at_least_float32, cast_up
 
 
 def margin_softmax_loss(
@@ -69,9 +70,7 @@ def margin_softmax_loss(
         >>> round(float(losses[0]), 4)
         0.6931
     """
-    cosines = ops.convert_to_tensor(cosines)
-    dtype = keras.backend.standardize_dtype(cosines.dtype)
-    cosines = ops.cast(cosines, keras.backend.result_type(dtype, "float32"))
+    cosines = cast_up(ops.convert_to_tensor(cosines))
     parts = _target_and_others(_class_numbers(labels, cosines), cosines, scale)
     return ops.softplus(parts[..., 1] - scale * target_fn(parts[..., 0]))
 
@@ -124,7 +123,7 @@ class CosineSoftmax(keras.losses.Loss):
             raise ValueError(f"scale must be positive, got {scale}.")
         dtype = keras.dtype_policies.get(dtype or keras.config.floatx()).compute_dtype
         # Keras casts the labels to this dtype too: bfloat16 has no class number 257.
-        super().__init__(name, reduction, keras.backend.result_type(dtype, "float32"))
+        super().__init__(name, reduction, at_least_float32(dtype))
         self.scale = scale
 
     def target(self, cosine: Any) -> Any:

@@ -32,6 +32,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ext.numerics import at_least_float32, cast_up
+
 LOWEST = -1e4  # scores up to here are masked
 NOTHING = -1e30  # log 0 that is finite: no NaN when all are masked
 
@@ -177,7 +179,7 @@ class MultilabelCrossentropy(keras.losses.Loss):
             raise ValueError(f"threshold must be a finite number or None, got {threshold}.")
         dtype = keras.dtype_policies.get(dtype or keras.config.floatx()).compute_dtype
         # Keras casts the labels to this dtype too: bfloat16 has no class number 257.
-        super().__init__(name, reduction, keras.backend.result_type(dtype, "float32"))
+        super().__init__(name, reduction, at_least_float32(dtype))
         self.class_axes = class_axes
         self.sparse = sparse
         self.mask_zero = mask_zero
@@ -226,8 +228,7 @@ def _flat_scores(y_pred: Any, class_axes: int) -> Any:
             f"y_pred must have class_axes={class_axes} axes or more, got shape "
             f"{tuple(y_pred.shape)}."
         )
-    dtype = keras.backend.standardize_dtype(y_pred.dtype)
-    y_pred = ops.cast(y_pred, keras.backend.result_type(dtype, "float32"))
+    y_pred = cast_up(y_pred)
     return ops.reshape(y_pred, (*ops.shape(y_pred)[:-class_axes], -1))
 
 

@@ -5,7 +5,7 @@ from itertools import pairwise, product
 import keras
 import numpy as np
 import pytest
-from compiled import compiled
+from compiled import compiled, float64
 from keras import ops
 
 from keras_ext.backend import value_and_grad
@@ -101,6 +101,20 @@ def test_sum_score_and_best_path_are_those_of_all_paths():
     assert result[-1] == 0  # the one path of nothing
     decoded = numpy(crf_decode(emissions, *weights, MASK))
     np.testing.assert_array_equal(decoded, best_path(emissions, *weights, mask=MASK))
+
+
+def test_float64_values():
+    layer = CRF(dtype="float64")
+    with float64():
+        outputs = layer(EMISSIONS, mask=MASK)
+        layer.set_weights(WEIGHTS)
+        losses = layer.loss(reduction=None)(np.where(MASK, TAGS, -100), outputs)
+        log_z = functions.crf_log_partition(EMISSIONS, *WEIGHTS, MASK)
+        results = [numpy(losses), numpy(log_z)]
+    expected = log_partition(EMISSIONS, *WEIGHTS, mask=MASK)
+    score = path_score(EMISSIONS, TAGS, *WEIGHTS, mask=MASK)
+    np.testing.assert_allclose(results[0], expected - score, rtol=1e-13)
+    np.testing.assert_allclose(results[1], expected, rtol=1e-13)
 
 
 def test_what_stands_at_padding_does_not_matter():

@@ -5,6 +5,7 @@ import itertools
 import keras
 import numpy as np
 import pytest
+from compiled import float64
 from keras import ops
 from reference import margin_softmax as reference
 
@@ -80,6 +81,20 @@ def test_values(case):
     expected = reference.loss(LABELS, COSINES, angle_fn, loss.scale)
     np.testing.assert_allclose(per_example(loss, LABELS, COSINES), expected, rtol=3e-5)
     np.testing.assert_allclose(float(loss(LABELS, COSINES)), expected.mean(), rtol=1e-5)
+
+
+def test_float64_values(case):
+    loss, angle_fn = case
+    cosines = COSINES.astype("float64")
+    with float64():
+        result = per_example(loss, LABELS, cosines)
+        config = {**loss.get_config(), "dtype": "float64", "reduction": "sum"}
+        total = ops.convert_to_numpy(type(loss).from_config(config)(LABELS, cosines))
+    expected = reference.loss(LABELS, cosines, angle_fn, loss.scale)
+    # The arctan2 of Keras is one of float32 on PyTorch and JAX.
+    rtol = 1e-5 if isinstance(loss, CombinedMargin) else 1e-10
+    np.testing.assert_allclose(result, expected, rtol=rtol)
+    np.testing.assert_allclose(total, expected.sum(), rtol=rtol)
 
 
 def test_small_losses_are_exact_relatively():

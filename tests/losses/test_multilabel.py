@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from compiled import compiled
+from compiled import compiled, float64
 from keras import ops
 from reference import multilabel as reference
 
@@ -57,6 +57,20 @@ def test_values(labels, scores, threshold):
     np.testing.assert_allclose(losses, expected, rtol=3e-6)
     assert (losses >= 0).all()
     assert np.isfinite(losses).all()
+
+
+def test_float64_values():
+    labels, scores = SOFT.astype("float64"), MASKED.astype("float64")
+    loss = MultilabelCrossentropy(reduction=None, dtype="float64")
+    sparse = MultilabelCrossentropy(sparse=True, reduction=None, dtype="float64")
+    with float64():
+        results = [
+            ops.convert_to_numpy(loss(labels, scores)),
+            ops.convert_to_numpy(sparse(SETS, scores)),
+        ]
+    for truth, result in zip((labels, HARD), results, strict=True):
+        expected = reference.rows(reference.loss, truth, scores)
+        np.testing.assert_allclose(result, expected, rtol=1e-13)
 
 
 @pytest.mark.parametrize("labels", [HARD, SOFT], ids=["hard", "soft"])

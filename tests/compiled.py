@@ -4,6 +4,8 @@ import contextlib
 
 import keras
 
+from keras_ext import backend
+
 
 def float64():
     """A context in which float64 exists: JAX has it on request only."""
@@ -24,6 +26,14 @@ def compiled(fn):
     import jax
 
     return jax.jit(fn)
+
+
+def unseen(fn, monkeypatch):
+    """`fn` as a program (XLA); on PyTorch eager, but as if no value could be seen."""
+    if keras.backend.backend() != "torch":
+        return backend.compile(fn, [])
+    monkeypatch.setattr("keras_ext.labels.concrete", lambda tensor: None)
+    return fn
 
 
 def compiled_step(step, variables, xla=False):

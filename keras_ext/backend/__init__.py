@@ -20,6 +20,7 @@ stands here once per backend, under one name:
 | `recompute(fn, tensors, variables)` | `fn(*tensors)`, computed again for the gradient |
 | `compile(fn, variables, jit_compile)` | a program of `fn`, which reads the variables |
 | `adopt(array)` | a tensor of an array that will not change: its memory, if aligned to 64 |
+| `concrete(tensor)` | its values as a NumPy array; None if they cannot be seen yet |
 | `has_value(variable)` | False where a failed JAX training step left a variable empty |
 
 `value_and_grad(fn, has_aux=False)(x, *args)` returns `(value, gradient)`: `fn(x, *args)` gives
@@ -48,6 +49,10 @@ it waits for the tensors in `after`: what was read of variables that hold anothe
 afterwards. In a strategy the gradients are sums over the replicas already, but those marked in
 `whole` (one boolean per variable) belong to each replica.
 
+`concrete(tensor)` is for checks of values, which must not cost time: it is None while a program
+is traced or compiled, and for what lies on an accelerator, where a look would wait for all that
+the accelerator still has to compute. In the memory of the host there is nothing to wait for.
+
 Only the backend that Keras itself runs on is imported.
 """
 
@@ -65,6 +70,7 @@ _backend = importlib.import_module(f"keras_ext.backend.{keras.backend.backend()}
 add_to = _backend.add_to
 adopt = _backend.adopt
 compile = _backend.compile
+concrete = _backend.concrete
 cond = _backend.cond
 values = _backend.values
 map_values = _backend.map_values
@@ -84,6 +90,7 @@ __all__ = [
     "adopt",
     "apply_gradients",
     "compile",
+    "concrete",
     "cond",
     "copies",
     "densify",

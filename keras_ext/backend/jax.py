@@ -4,6 +4,7 @@ import math
 
 import jax
 import keras
+import numpy as np
 from jax import extend
 from jax import numpy as jnp
 
@@ -95,6 +96,16 @@ def has_value(variable):
     """
     value = variable._value  # private: `value` would initialise an empty variable anew
     return value is not None and not value.is_deleted()
+
+
+def concrete(tensor):
+    """See `keras_ext.backend`."""
+    if isinstance(tensor, jax.core.Tracer):
+        return None
+    if isinstance(tensor, jax.Array):
+        on_host = all(device.platform == "cpu" for device in tensor.devices())
+        return np.asarray(tensor) if on_host and tensor.is_fully_addressable else None
+    return np.asarray(tensor)
 
 
 def value_and_grad(fn, has_aux=False):

@@ -3,6 +3,7 @@
 import math
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 
@@ -122,6 +123,15 @@ def num_replicas():
 
 def has_value(variable):
     return True
+
+
+def concrete(tensor):
+    """See `keras_ext.backend`."""
+    if not tf.is_tensor(tensor):
+        return np.asarray(tensor)
+    # The tensors of a graph have no method `numpy`.
+    seen = hasattr(tensor, "numpy") and "CPU:" in tensor.device
+    return tensor.numpy() if seen else None
 
 
 def value_and_grad(fn, has_aux=False):

@@ -1,6 +1,7 @@
 """PyTorch: everything is eager, a conditional is an `if`."""
 
 import keras
+import numpy as np
 import torch
 import torch.utils.checkpoint
 
@@ -51,6 +52,19 @@ def num_replicas():
 
 def has_value(variable):
     return True
+
+
+def concrete(tensor):
+    """See `keras_ext.backend`."""
+    if not isinstance(tensor, torch.Tensor):
+        return np.asarray(tensor)
+    # A compiler, and the transformations of torch.func, give their tensors no values.
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return None
+    try:
+        return tensor.detach().numpy()
+    except RuntimeError:
+        return None
 
 
 def value_and_grad(fn, has_aux=False):

@@ -30,6 +30,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ext.labels import check_shape
 from keras_ext.numerics import cast_up
 
 
@@ -141,6 +142,7 @@ class Relativistic(GANLoss):
     def discriminator(self, real, fake, x_real=None, x_fake=None):
         real, fake = _scores(real, fake)
         if not self.average:
+            check_shape("fake", fake, real.shape, "the shape of real")
             return ops.mean(ops.softplus(fake - real))
         real_side = ops.mean(ops.softplus(ops.mean(fake) - real))
         return real_side + ops.mean(ops.softplus(fake - ops.mean(real)))
@@ -191,6 +193,9 @@ class GANQP(GANLoss):
         if x_real is None or x_fake is None:
             raise ValueError("GANQP measures a distance: pass x_real and x_fake.")
         real, fake = _scores(real, fake)
+        check_shape("fake", fake, real.shape, "the shape of real")
+        check_shape("x_fake", x_fake, x_real.shape, "the shape of x_real")
+        check_shape("x_real", x_real, (real.shape[0], *x_real.shape[1:]), "pairs, in shape")
         return self.potential(real - fake, self.distance(x_real, x_fake))
 
     def potential(self, difference: Any, distance: Any) -> Any:

@@ -307,10 +307,17 @@ def test_adaptive_margin_is_the_mean_class_diameter():
     np.testing.assert_allclose(adaptive_margin(features, labels, centers), sum(radii))
     to_mean = adaptive_margin(features[:2], [5, 5])
     np.testing.assert_allclose(to_mean, 2 * (1 - np.cos(np.radians(30))))
-    with pytest.raises(ValueError, match=r"labels must be in \[0, 3\).* got 0 to 3"):
+    with pytest.raises(ValueError, match=r"labels must be integers in \[0, 3\), got \[3\]"):
         adaptive_margin(features, [0, 1, 2, 3, 3], centers)
+    assert adaptive_margin(features, np.array(labels, float), centers) == sum(radii)
+    with pytest.raises(ValueError, match=r"got \[0.5, nan\]. centers has one column for each"):
+        adaptive_margin(features, [0, 1, 2, 0.5, np.nan], centers)
     with pytest.raises(ValueError, match="one for each of the 5 features"):
         adaptive_margin(features, [0, 1])
+    with pytest.raises(ValueError, match="features must have one row or more"):
+        adaptive_margin(np.zeros((0, 2)), [])
+    features[0] = np.nan
+    assert np.isnan(adaptive_margin(features, labels))
 
 
 def test_what_the_derivation_needs_root_of_one_minus_cosine_is_a_metric():

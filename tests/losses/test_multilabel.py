@@ -206,10 +206,21 @@ def test_sample_weights_weigh_the_heads_of_a_text_together():
         ("sum", weights, weights @ losses.sum(1)),
         ("mean_with_sample_weight", weights, weights @ losses.mean(1) / 3),
         ("sum", of_heads, (of_heads * losses).sum()),
+        ("sum", weights[:, None], weights @ losses.sum(1)),
     ]:
         loss = MultilabelCrossentropy(class_axes=2, reduction=reduction)
         result = compiled(loss)(labels, scores, sample_weight)
         np.testing.assert_allclose(numpy(result), expected, rtol=3e-6)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_sample_weights_may_be_a_column_as_for_the_losses_of_keras(sparse):
+    loss = MultilabelCrossentropy(sparse=sparse, reduction="sum")
+    labels, weights = SETS if sparse else HARD, np.arange(6.0)
+    result = loss(labels, SCORES, weights[:, None])
+    assert float(result) == float(loss(labels, SCORES, weights))
+    with pytest.raises(Exception, match=r"."):
+        loss(labels, SCORES, np.ones((6, 2)))
 
 
 def test_config_round_trip():

@@ -170,7 +170,8 @@ class CRFLoss(keras.losses.Loss):
             raise ValueError(
                 f"y_true must be tags (batch, length), got shape {tuple(y_true.shape)}."
             )
-        mask = ops.logical_and(_possible(y_pred), y_true >= 0)
+        # Not `y_true >= 0`, which would leave out NaN as well.
+        mask = ops.logical_and(_possible(y_pred), ops.logical_not(y_true < 0))
         return crf_negative_log_likelihood(y_pred, y_true, *self.crf.potentials, mask)
 
     def get_config(self) -> dict[str, Any]:

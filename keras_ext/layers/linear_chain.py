@@ -105,7 +105,9 @@ def crf_negative_log_likelihood(
     # Scores relative to those of the path, whose own are zero: not by rounding, and not to
     # the gradient either.
     steps = ops.sum(ops.where(own, emissions, 0), axis=-1) + ops.where(kind == LATER, moves, 0)
-    relative = ops.where(own, 0, emissions - ops.expand_dims(steps, -1))
+    relative = emissions - ops.expand_dims(steps, -1)
+    at_path = ops.where(ops.expand_dims(kind, -1) == FIRST, NOTHING, ops.zeros_like(relative))
+    relative = ops.where(own, at_path, relative)
     arriving = ops.take(ops.transpose(transitions), tags, axis=0) - ops.expand_dims(moves, -1)
     stays = ops.equal(
         ops.expand_dims(before, -1), ops.arange(emissions.shape[-1], dtype="int32")
@@ -286,7 +288,8 @@ def _others(
 
     Args:
         relative: (batch, length, tags), scores of the emissions less those of the path and of
-            its transition; 0 at the path.
+            its transition. At the path nothing has left at its start, and 0 is to be added
+            later.
         arriving: (batch, length, tags), scores of the transitions to the tag of the path, less
             that of the path; 0 for its own.
         transitions: (tags, tags).
@@ -294,10 +297,11 @@ def _others(
         kind: what each position is.
     """
     number = relative.shape[-1]
-    numbers = ops.arange(number, dtype=relative.dtype)
 
     def unpack(x):  # of one step, as `pack` joins them
         relative, arriving = x[:, :number], x[:, number : 2 * number]
+        # Within, for JAX refuses what a function to differentiate closes over.
+        numbers = ops.arange(number, dtype=x.dtype)
         own, last = (ops.equal(x[:, i : i + 1], numbers) for i in (-3, -2))
         return relative, arriving, own, last, x[:, -1:]
 
@@ -311,9 +315,7 @@ def _others(
             left = ops.logsumexp(ops.expand_dims(leaving, -1) + transitions, axis=1)
             back = ops.logsumexp(rho + arriving, axis=-1, keepdims=True)
             later = ops.where(own, back, left + relative)
-            first = ops.where(own, NOTHING, relative)
-            new = ops.where(here == LATER, later, first)
-            rho = ops.where(here > SKIPPED, new, rho)
+            rho = ops.where(here == SKIPPED, rho, ops.where(here == LATER, later, relative))
             return rho, rho
 
         nothing = ops.full_like(relative[:, 0], NOTHING)
@@ -362,7 +364,6 @@ def _others(
 
         return ops.logsumexp(rho, axis=-1), gradient
 
-    # An argument too, for JAX refuses what a function to differentiate closes over.
     path = ops.cast(ops.stack([tags, before, kind], axis=-1), relative.dtype)
     return others(relative, arriving, transitions, path)
 

@@ -2,7 +2,9 @@
 
 Sums, norms and states are kept in float32 at least: in float64 for float64, in float32 for
 everything else. (`keras.backend.result_type("float64", "float32")` does not say so: it is
-float32 on PyTorch, and on JAX without x64.)
+float32 on PyTorch and JAX. By it the operations of Keras that take two tensors give float32
+there, such as `ops.minimum` and `ops.matmul`, and so do its layers and means of losses; `*`,
+`@` and `ops.where` do not.)
 """
 
 from collections.abc import Sequence

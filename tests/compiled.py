@@ -1,6 +1,19 @@
-"""Compiled forms of functions that tests call, eager elsewhere."""
+"""Compiled forms of functions that tests call, eager elsewhere; float64 on all backends."""
+
+import contextlib
 
 import keras
+
+from keras_ext import backend
+
+
+def float64():
+    """A context in which float64 exists: JAX has it on request only."""
+    if keras.backend.backend() != "jax":
+        return contextlib.nullcontext()
+    import jax
+
+    return jax.enable_x64(True)
 
 
 def compiled(fn):
@@ -13,6 +26,14 @@ def compiled(fn):
     import jax
 
     return jax.jit(fn)
+
+
+def unseen(fn, monkeypatch):
+    """`fn` as a program (XLA); on PyTorch eager, but as if no value could be seen."""
+    if keras.backend.backend() != "torch":
+        return backend.compile(fn, [])
+    monkeypatch.setattr("keras_ext.labels.concrete", lambda tensor: None)
+    return fn
 
 
 def compiled_step(step, variables, xla=False):

@@ -14,6 +14,10 @@ but those marked in `whole` (one boolean per variable) belong to each replica.
 `compile(fn, variables, jit_compile=True)` returns a program of `fn`, which reads the variables
 and may assign them. An assignment of another is an error on JAX.
 
+`concrete(tensor)` returns the values as a NumPy array, or None if they cannot be seen: while a
+program is traced or compiled, and of what lies on an accelerator, where a look would wait for
+all that the accelerator still has to compute. It is for checks, which must not cost time.
+
 `densify(gradient)` returns a gradient as one tensor, the rows of repeated tokens summed.
 
 `generator_state()` returns where the random draws stand that are of no variable (those of
@@ -102,6 +106,7 @@ else:
 add_to = _backend.add_to
 apply_gradients = _backend.apply_gradients
 compile = _backend.compile
+concrete = _backend.concrete
 densify = _backend.densify
 generator_state = _backend.generator_state
 has_value = _backend.has_value
@@ -125,6 +130,7 @@ __all__ = [
     "add_to",
     "apply_gradients",
     "compile",
+    "concrete",
     "densify",
     "generator_state",
     "has_value",

@@ -153,6 +153,16 @@ def has_value(variable: keras.Variable) -> bool:
     return value is not None and not value.is_deleted()
 
 
+def concrete(tensor: Any) -> Any:
+    """See `keras_ext.backend`."""
+    if isinstance(tensor, jax.core.Tracer):
+        return None
+    if isinstance(tensor, jax.Array):
+        on_host = all(device.platform == "cpu" for device in tensor.devices())
+        return np.asarray(tensor) if on_host and tensor.is_fully_addressable else None
+    return np.asarray(tensor)
+
+
 def value_and_grad(fn: Callable, has_aux: bool = False) -> Callable:
     """See `keras_ext.backend`."""
 

@@ -144,6 +144,15 @@ def has_value(variable: keras.Variable) -> bool:
     return True
 
 
+def concrete(tensor: Any) -> Any:
+    """See `keras_ext.backend`."""
+    if not tf.is_tensor(tensor):
+        return np.asarray(tensor)
+    # The tensors of a graph have no method `numpy`.
+    seen = hasattr(tensor, "numpy") and "CPU:" in tensor.device
+    return tensor.numpy() if seen else None
+
+
 def value_and_grad(fn: Callable, has_aux: bool = False) -> Callable:
     """See `keras_ext.backend`."""
 

@@ -111,6 +111,19 @@ def has_value(variable: keras.Variable) -> bool:
     return True
 
 
+def concrete(tensor: Any) -> Any:
+    """See `keras_ext.backend`."""
+    if not isinstance(tensor, torch.Tensor):
+        return np.asarray(tensor)
+    # A compiler, and the transformations of torch.func, give their tensors no values.
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return None
+    try:
+        return tensor.detach().numpy()
+    except RuntimeError:
+        return None
+
+
 def value_and_grad(fn: Callable, has_aux: bool = False) -> Callable:
     """See `keras_ext.backend`."""
 

@@ -19,6 +19,7 @@ from keras import ops
 
 from keras_ext import layers
 from keras_ext.models.bert import PrefixMask
+from keras_ext.numerics import at_least_float32
 
 
 class CachedModel:
@@ -166,7 +167,7 @@ class CachedModel:
             logits = self._decoder([known[name] for name in names], training=False)[:, -1]
         finally:
             del self._call  # it holds tensors, which may be of a program being compiled
-        wide = keras.backend.result_type(logits.dtype, "float32")
+        wide = at_least_float32(logits.dtype)
         return ops.cast(logits, wide), new_states
 
     def run(self, step: "_Step", inputs: Any, **kwargs: Any) -> Any:

@@ -19,6 +19,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ext.numerics import at_least_float32
+
 
 def cosine_scores(features: Any, kernel: Any, dtype: str | None = None) -> Any:
     """Cosines between feature vectors and the columns of a matrix.
@@ -37,7 +39,7 @@ def cosine_scores(features: Any, kernel: Any, dtype: str | None = None) -> Any:
         [[1.0]]
     """
     dtype = dtype or keras.backend.standardize_dtype(features.dtype)
-    wide = keras.backend.result_type(dtype, "float32")
+    wide = at_least_float32(dtype)
     features, lengths = ops.cast(features, wide), ops.cast(kernel, wide)
     features = features * _inverse_norm(features, axis=-1)
     products = ops.matmul(ops.cast(features, dtype), ops.cast(kernel, dtype))

@@ -15,6 +15,7 @@ import keras
 from keras import ops
 
 from keras_ext.layers.linear_chain import crf_decode, crf_negative_log_likelihood
+from keras_ext.numerics import at_least_float32
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
@@ -144,8 +145,8 @@ class CRFLoss(keras.losses.Loss):
         reduction: str | None = "sum_over_batch_size",
         name: str = "crf_loss",
     ) -> None:
-        dtype = keras.backend.result_type(keras.config.floatx(), "float32")
-        super().__init__(name, reduction, dtype)
+        dtype = keras.config.floatx() if isinstance(crf, str) else crf.compute_dtype
+        super().__init__(name, reduction, at_least_float32(dtype))
         self.crf = crf
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
@@ -169,7 +170,8 @@ class CRFLoss(keras.losses.Loss):
             raise ValueError(
                 f"y_true must be tags (batch, length), got shape {tuple(y_true.shape)}."
             )
-        mask = ops.logical_and(_possible(y_pred), y_true >= 0)
+        # Not `y_true >= 0`, which would leave out NaN as well.
+        mask = ops.logical_and(_possible(y_pred), ops.logical_not(y_true < 0))
         return crf_negative_log_likelihood(y_pred, y_true, *self.crf.potentials, mask)
 
     def get_config(self) -> dict[str, Any]:

@@ -48,7 +48,8 @@ def span_scores(query: Any, key: Any, rope: bool = True) -> Any:
     """
     if rope:
         query, key = rotary_embedding(query), rotary_embedding(key)
-    return ops.einsum("bihd,bjhd->bhij", query * query.shape[-1] ** -0.5, key)
+    query = ops.transpose(query, (0, 2, 1, 3)) * query.shape[-1] ** -0.5
+    return query @ ops.transpose(key, (0, 2, 3, 1))  # ops.einsum rounds float64 to float32
 
 
 def mask_spans(scores: Any, mask: Any = None, tril: bool = True) -> Any:

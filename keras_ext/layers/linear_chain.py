@@ -9,9 +9,17 @@ algorithm, the best path by Viterbi's, and both are one recursion,
     α_t[j] = e_t[j] + ⊕_i (α_{t-1}[i] + A[i, j]),    ⊕ = logsumexp for log Z, max for Viterbi
 
 which starts at α_1 = start + e_1. Each α_t is kept relative to ⊕α_t, and the sum of what was
-taken off is the result, so sums over long sequences do not swallow small differences. The loss
--log p(y) = log Z - s(y) subtracts the score of the true path step by step before it sums:
-then it is as precise near zero as elsewhere. Everything is in float32 at least.
+taken off is the result, so sums over long sequences do not swallow small differences.
+
+The loss -log p(y) is no difference of log Z and s(y), which would cancel: it is log(1 + e^R),
+where e^R is the sum over all paths but y, relative to y. The recursion of R carries the paths
+that have left y,
+
+    ρ_t[j] = log Σ exp(s(y'_1..t) - s(y_1..t))    over y'_1..t ≠ y_1..t that end in j
+
+so both value and gradient are exact to rounding however small they are. For j ≠ y_t what has
+not left before leaves now, log(1 + e^ρ) instead of ρ at y_{t-1}. Everything is in float32 at
+least.
 
 Masks: positions that are not kept are left out as if they were not in the sequence, wherever
 they are: padding on either side, or the further pieces of a word whose first piece has its tag.
@@ -26,10 +34,11 @@ Source: Lafferty, McCallum and Pereira 2001, ICML; Collobert et al. 2011, arXiv 
 
 from typing import Any
 
-import keras
 from keras import ops
 
 from keras_ext.backend import value_and_grad
+from keras_ext.labels import check_shape, class_numbers, nan_unless
+from keras_ext.numerics import at_least_float32
 
 
 def crf_log_partition(
@@ -68,8 +77,12 @@ def crf_path_score(
         >>> float(crf_path_score(np.ones((1, 2, 2)), np.array([[0, 1]]), move, none, none)[0])
         4.0
     """
-    potentials = _standardize(emissions, transitions, start, end, mask)
-    return ops.sum(_step_scores(tags, *potentials), axis=1)
+    emissions, transitions, kind = _standardize(emissions, transitions, start, end, mask)
+    tags, valid = _path(tags, emissions, kind)
+    scores = ops.take_along_axis(emissions, ops.expand_dims(tags, -1), axis=-1)[..., 0]
+    moves = _moves(_before(tags, kind), tags, transitions)
+    scores = ops.where(kind > SKIPPED, scores, 0) + ops.where(kind == LATER, moves, 0)
+    return nan_unless(valid, ops.sum(scores, axis=1))
 
 
 def crf_negative_log_likelihood(
@@ -84,9 +97,24 @@ def crf_negative_log_likelihood(
         >>> round(float(loss[0]), 4)  # log 2²
         1.3863
     """
-    emissions, *others = _standardize(emissions, transitions, start, end, mask)
-    steps = _step_scores(tags, emissions, *others)
-    return _log_partition(emissions - ops.expand_dims(steps, -1), *others)
+    emissions, transitions, kind = _standardize(emissions, transitions, start, end, mask)
+    tags, valid = _path(tags, emissions, kind)
+    own = ops.equal(ops.expand_dims(tags, -1), ops.arange(emissions.shape[-1], dtype="int32"))
+    before = _before(tags, kind)
+    moves = _moves(before, tags, transitions)
+    # Scores relative to those of the path, whose own are zero: not by rounding, and not to
+    # the gradient either.
+    steps = ops.sum(ops.where(own, emissions, 0), axis=-1) + ops.where(kind == LATER, moves, 0)
+    relative = emissions - ops.expand_dims(steps, -1)
+    at_path = ops.where(ops.expand_dims(kind, -1) == FIRST, NOTHING, ops.zeros_like(relative))
+    relative = ops.where(own, at_path, relative)
+    arriving = ops.take(ops.transpose(transitions), tags, axis=0) - ops.expand_dims(moves, -1)
+    stays = ops.equal(
+        ops.expand_dims(before, -1), ops.arange(emissions.shape[-1], dtype="int32")
+    )
+    arriving = ops.where(stays, 0, arriving)
+    rest = _others(relative, arriving, transitions, tags, before, kind)
+    return nan_unless(valid, ops.softplus(rest))
 
 
 def crf_decode(emissions: Any, transitions: Any, start: Any, end: Any, mask: Any = None) -> Any:
@@ -136,6 +164,8 @@ def crf_marginals(
     return value_and_grad(total)(emissions)[1]
 
 
+NOTHING = -1e30  # log 0 that is finite: differences of it are no NaN
+
 # What a position is: left out, the first of its sequence, or one that follows another.
 SKIPPED, FIRST, LATER = 0, 1, 2
 
@@ -145,7 +175,7 @@ def _standardize(
 ) -> tuple[Any, Any, Any]:
     """Emissions that include start and end, transitions, and what each position is."""
     emissions = ops.convert_to_tensor(emissions)
-    dtype = keras.backend.result_type(emissions.dtype, "float32")
+    dtype = at_least_float32(emissions.dtype)
     arrays = (emissions, transitions, start, end)
     emissions, transitions, start, end = (ops.cast(x, dtype) for x in arrays)
     if mask is None:
@@ -161,20 +191,29 @@ def _standardize(
     return emissions, transitions, kind
 
 
-def _step_scores(tags: Any, emissions: Any, transitions: Any, kind: Any) -> Any:
-    """What each position adds to the score of the path `tags`, (batch, length)."""
-    number = emissions.shape[-1]
-    tags = ops.where(kind > SKIPPED, ops.cast(tags, "int32"), -1)
+def _path(tags: Any, emissions: Any, kind: Any) -> tuple[Any, Any]:
+    """Tags int32 (batch, length), 0 where nothing is kept, and which rows have valid ones."""
+    tags = ops.convert_to_tensor(tags)
+    check_shape("tags", tags, emissions.shape[:2])
+    fix = " Leave positions out by the mask."
+    tags, valid = class_numbers("tags", tags, emissions.shape[-1], kind > SKIPPED, fix)
+    kept = ops.logical_and(kind > SKIPPED, tags >= 0)
+    return ops.where(kept, tags, 0), ops.all(valid, axis=1)
 
-    def step(last, tag):
-        return ops.where(tag < 0, last, tag), last
 
-    _, previous = ops.scan(step, ops.zeros_like(tags[:, 0]), _swap(tags))
-    place = number * _swap(previous) + ops.maximum(tags, 0)
-    moves = ops.take(ops.reshape(transitions, (-1,)), place)
-    chosen = ops.equal(ops.expand_dims(tags, -1), ops.arange(number, dtype="int32"))
-    scores = ops.sum(ops.where(chosen, emissions, 0), axis=-1)
-    return scores + ops.where(kind == LATER, moves, 0)
+def _before(tags: Any, kind: Any) -> Any:
+    """The tag of the position that was kept last before each one, (batch, length); or any."""
+    kept = ops.cast(kind > SKIPPED, "int32")
+    number = ops.cumsum(kept, axis=1)
+    place = ops.cumsum(ops.ones_like(kept), axis=1)
+    kept_first = ops.argsort(place - ops.shape(kept)[1] * kept, axis=1)
+    kept_tags = ops.take_along_axis(tags, kept_first, axis=1)
+    return ops.take_along_axis(kept_tags, ops.maximum(number - 1 - kept, 0), axis=1)
+
+
+def _moves(before: Any, tags: Any, transitions: Any) -> Any:
+    """The score of each transition, (batch, length)."""
+    return ops.take(ops.reshape(transitions, (-1,)), transitions.shape[0] * before + tags)
 
 
 def _forward(reduce: Any, emissions: Any, transitions: Any, kind: Any) -> tuple:
@@ -240,6 +279,93 @@ def _backward(upstream: Any, alphas: Any, transitions: Any, kind: Any) -> tuple:
     )
     by_emissions = ops.where(ops.expand_dims(kind > SKIPPED, -1), _swap(by_emissions), 0)
     return by_emissions, by_transitions, ops.zeros_like(kind)
+
+
+def _others(
+    relative: Any, arriving: Any, transitions: Any, tags: Any, before: Any, kind: Any
+) -> Any:
+    """R (batch,), the sum over all paths but one relative to that one, with its gradient.
+
+    Args:
+        relative: (batch, length, tags), scores of the emissions less those of the path and of
+            its transition. At the path nothing has left at its start, and 0 is to be added
+            later.
+        arriving: (batch, length, tags), scores of the transitions to the tag of the path, less
+            that of the path; 0 for its own.
+        transitions: (tags, tags).
+        tags, before: int32 (batch, length), the path, and the tag before.
+        kind: what each position is.
+    """
+    number = relative.shape[-1]
+
+    def unpack(x):  # of one step, as `pack` joins them
+        relative, arriving = x[:, :number], x[:, number : 2 * number]
+        # Within, for JAX refuses what a function to differentiate closes over.
+        numbers = ops.arange(number, dtype=x.dtype)
+        own, last = (ops.equal(x[:, i : i + 1], numbers) for i in (-3, -2))
+        return relative, arriving, own, last, x[:, -1:]
+
+    def pack(relative, arriving, path):
+        return _swap(ops.concatenate([relative, arriving, path], axis=-1))
+
+    def forward(relative, arriving, transitions, path):
+        def step(rho, x):
+            relative, arriving, own, last, here = unpack(x)
+            leaving = ops.where(last, ops.softplus(rho), rho)
+            left = ops.logsumexp(ops.expand_dims(leaving, -1) + transitions, axis=1)
+            back = ops.logsumexp(rho + arriving, axis=-1, keepdims=True)
+            later = ops.where(own, back, left + relative)
+            rho = ops.where(here == SKIPPED, rho, ops.where(here == LATER, later, relative))
+            return rho, rho
+
+        nothing = ops.full_like(relative[:, 0], NOTHING)
+        return ops.scan(step, nothing, pack(relative, arriving, path))
+
+    def backward(upstream, rhos, relative, arriving, transitions, path):
+        nothing = ops.full_like(rhos[:1], NOTHING)
+        previous = ops.concatenate([nothing, rhos[:-1]])
+        steps = ops.concatenate([previous, pack(relative, arriving, path)], axis=-1)
+
+        def step(carry, x):
+            by_rho, _, total = carry  # (batch, tags) twice, (tags, tags)
+            rho = x[:, :number]
+            _, arriving, own, last, here = unpack(x[:, number:])
+            leaving = ops.where(last, ops.softplus(rho), rho)
+            shares = ops.softmax(ops.expand_dims(leaving, -1) + transitions, axis=1)
+            pairs = ops.where(own, 0, by_rho)[:, None] * shares  # (batch, from, to)
+            pairs = ops.where(here[..., None] == LATER, pairs, 0)
+            back = ops.sum(ops.where(own, by_rho, 0), axis=-1, keepdims=True)
+            back = ops.where(here == LATER, back * ops.softmax(rho + arriving, axis=-1), 0)
+            by_leaving = ops.sum(pairs, axis=-1)
+            by_leaving = ops.where(last, by_leaving * ops.sigmoid(rho), by_leaving)
+            before = ops.where(here == LATER, by_leaving + back, by_rho)
+            # Of the structure of the carry: TensorFlow's scan takes no other outputs.
+            outputs = by_rho, back, total
+            return (before, back, total + ops.sum(pairs, axis=0)), outputs
+
+        by_rho = upstream[:, None] * ops.softmax(rhos[-1], axis=-1)
+        carry = by_rho, ops.zeros_like(by_rho), ops.zeros_like(transitions)
+        (_, _, by_transitions), outputs = ops.scan(step, carry, steps, reverse=True)
+        by_relative, by_arriving = map(_swap, outputs[:2])
+        by_relative = ops.where(path[..., -1:] > SKIPPED, by_relative, 0)
+        return by_relative, by_arriving, by_transitions, ops.zeros_like(path)
+
+    @ops.custom_gradient
+    def others(relative, arriving, transitions, path):
+        rho, rhos = forward(relative, arriving, transitions, path)
+
+        def gradient(*args, upstream=None):
+            if upstream is None:
+                return backward(*args, rhos, relative, arriving, transitions, path)
+            again = rhos  # PyTorch from here
+            if (args[0] + 0).requires_grad:  # second derivatives: ρ, as a function of `args`
+                _, again = forward(*args)
+            return backward(upstream, again, *args)
+
+        return ops.logsumexp(rho, axis=-1), gradient
+
+    path = ops.cast(ops.stack([tags, before, kind], axis=-1), relative.dtype)
+    return others(relative, arriving, transitions, path)
 
 
 def _swap(x: Any) -> Any:

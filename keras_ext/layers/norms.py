@@ -18,6 +18,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ext.numerics import at_least_float32, cast_up
+
 
 @keras.saving.register_keras_serializable(package="keras_ext")
 class RMSNorm(keras.layers.Layer):
@@ -52,7 +54,7 @@ class RMSNorm(keras.layers.Layer):
             )
 
     def call(self, inputs: Any) -> Any:
-        wide = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
+        wide = cast_up(inputs)
         square = ops.mean(ops.square(wide), axis=-1, keepdims=True)
         outputs = wide * ops.rsqrt(square + self.epsilon)
         if self.scale:
@@ -104,7 +106,7 @@ class ConditionalLayerNormalization(keras.layers.Layer):
         self.beta_kernel = self.add_weight(shape=shape, initializer="zeros", name="beta_kernel")
 
     def call(self, inputs: Any, condition: Any) -> Any:
-        wide = keras.backend.result_type(inputs.dtype, "float32")
+        wide = at_least_float32(inputs.dtype)
         x, condition = ops.cast(inputs, wide), ops.cast(condition, wide)
         rows = (-1, *(1,) * (len(inputs.shape) - 2), inputs.shape[-1])
 

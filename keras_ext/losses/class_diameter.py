@@ -15,6 +15,9 @@ Source: kexue.fm/archives/8656.
 """
 
 import numpy as np
+from keras import ops
+
+from keras_ext.labels import class_numbers
 
 
 def adaptive_margin(
@@ -31,7 +34,8 @@ def adaptive_margin(
             each class.
 
     Raises:
-        ValueError: a class has no center, or features and labels differ in length.
+        ValueError: a class has no center, features and labels differ in length, or there are
+            none.
 
     Example:
         >>> features = np.array([[1.0, 0.0], [0.0, 1.0]])
@@ -44,6 +48,8 @@ def adaptive_margin(
             f"labels must be class numbers, one for each of the {len(features)} features, "
             f"got shape {labels.shape}."
         )
+    if not len(features):
+        raise ValueError("features must have one row or more, got none.")
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     if centers is None:
         directions = np.zeros((len(counts), features.shape[1]))
@@ -51,16 +57,13 @@ def adaptive_margin(
         own = _normalize(directions)[classes]
     else:
         centers = np.asarray(centers, float).T
-        if labels.max() >= len(centers) or labels.min() < 0:
-            raise ValueError(
-                f"labels must be in [0, {len(centers)}), the number of centers, got "
-                f"{labels.min()} to {labels.max()}."
-            )
-        own = _normalize(centers)[labels]
+        fix = " centers has one column for each class."
+        numbers, _ = class_numbers("labels", labels, len(centers), fix=fix)
+        own = _normalize(centers)[ops.convert_to_numpy(numbers)]
     radii = np.bincount(classes, 1 - np.sum(features * own, axis=1)) / counts
     return float(2 * radii.mean())
 
 
 def _normalize(vectors: np.ndarray) -> np.ndarray:
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
+    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms != 0)

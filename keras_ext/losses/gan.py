@@ -30,6 +30,9 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ext.labels import check_shape
+from keras_ext.numerics import cast_up
+
 
 class GANLoss:
     """Base of the losses here; a subclass defines `discriminator` and `generator`."""
@@ -139,6 +142,7 @@ class Relativistic(GANLoss):
     def discriminator(self, real, fake, x_real=None, x_fake=None):
         real, fake = _scores(real, fake)
         if not self.average:
+            check_shape("fake", fake, real.shape, "the shape of real")
             return ops.mean(ops.softplus(fake - real))
         real_side = ops.mean(ops.softplus(ops.mean(fake) - real))
         return real_side + ops.mean(ops.softplus(fake - ops.mean(real)))
@@ -189,6 +193,9 @@ class GANQP(GANLoss):
         if x_real is None or x_fake is None:
             raise ValueError("GANQP measures a distance: pass x_real and x_fake.")
         real, fake = _scores(real, fake)
+        check_shape("fake", fake, real.shape, "the shape of real")
+        check_shape("x_fake", x_fake, x_real.shape, "the shape of x_real")
+        check_shape("x_real", x_real, (real.shape[0], *x_real.shape[1:]), "pairs, in shape")
         return self.potential(real - fake, self.distance(x_real, x_fake))
 
     def potential(self, difference: Any, distance: Any) -> Any:
@@ -199,7 +206,7 @@ class GANQP(GANLoss):
 
     def distance(self, a: Any, b: Any) -> Any:
         """d(a, b) per pair, a mean over all dimensions but the first: (batch,). No gradient."""
-        a, b = (at_least_float32(ops.stop_gradient(ops.convert_to_tensor(x))) for x in (a, b))
+        a, b = (cast_up(ops.stop_gradient(ops.convert_to_tensor(x))) for x in (a, b))
         axes = tuple(range(1, len(a.shape)))
         if self.norm == "l1":
             return ops.mean(ops.abs(a - b), axis=axes)
@@ -213,13 +220,9 @@ class GANQP(GANLoss):
         return {"scale": self.scale, "norm": self.norm, "epsilon": self.epsilon}
 
 
-def at_least_float32(x: Any) -> Any:
-    return ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
-
-
 def _scores(real: Any, fake: Any) -> list[Any]:
     """In float32 at least; an absent score stays None."""
-    return [None if s is None else at_least_float32(s) for s in (real, fake)]
+    return [None if s is None else cast_up(s) for s in (real, fake)]
 
 
 LOSSES = {

@@ -39,6 +39,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_ext.labels import check_shape, class_numbers, in_range, nan_unless
 from keras_ext.losses.margins import (
     a_target,
     am_target,
@@ -46,6 +47,7 @@ from keras_ext.losses.margins import (
     combined_target,
     simple_a_target,
 )
+from keras_ext.numerics import at_least_float32, cast_up
 
 
 def margin_softmax_loss(
@@ -54,7 +56,8 @@ def margin_softmax_loss(
     """Margin softmax loss of each example.
 
     Args:
-        labels: class numbers (...) or (..., 1), or one-hot (..., classes).
+        labels: class numbers (...) or (..., 1), or one-hot (..., classes). Where they are out
+            of range, loss and gradient are NaN if `keras_ext.labels` sees no error.
         cosines: (..., classes).
         target_fn: ψ: cosine of the target class (...) -> what takes its place in the softmax.
         scale: s > 0. Default: 30.
@@ -62,18 +65,19 @@ def margin_softmax_loss(
     Returns: losses (...), in float32 (float64 for float64 cosines).
 
     Raises:
-        ValueError: the shapes of labels and cosines do not fit.
+        ValueError: the shapes of labels and cosines do not fit, or labels can be seen to be
+            out of range.
 
     Example:
         >>> losses = margin_softmax_loss([0], np.array([[1.0, 1.0]]), lambda cosine: cosine)
         >>> round(float(losses[0]), 4)
         0.6931
     """
-    cosines = ops.convert_to_tensor(cosines)
-    dtype = keras.backend.standardize_dtype(cosines.dtype)
-    cosines = ops.cast(cosines, keras.backend.result_type(dtype, "float32"))
-    parts = _target_and_others(_class_numbers(labels, cosines), cosines, scale)
-    return ops.softplus(parts[..., 1] - scale * target_fn(parts[..., 0]))
+    cosines = cast_up(ops.convert_to_tensor(cosines))
+    labels = _class_numbers(labels, cosines)
+    parts = _target_and_others(labels, cosines, scale)
+    losses = ops.softplus(parts[..., 1] - scale * target_fn(parts[..., 0]))
+    return nan_unless(labels >= 0, losses)
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
@@ -96,7 +100,8 @@ class CosineSoftmax(keras.losses.Loss):
         y_pred: cosines (batch, classes), from `CosineDense`. More dimensions may lead.
 
     Raises:
-        ValueError: `scale` is not positive, or `label_smoothing` is not 0.
+        ValueError: `scale` is not positive, or `label_smoothing` is not 0; in calls, labels
+            are out of range (compiled: the loss is NaN), or of another shape.
 
     Example:
         >>> loss = CosineSoftmax(scale=20)
@@ -124,7 +129,7 @@ class CosineSoftmax(keras.losses.Loss):
             raise ValueError(f"scale must be positive, got {scale}.")
         dtype = keras.dtype_policies.get(dtype or keras.config.floatx()).compute_dtype
         # Keras casts the labels to this dtype too: bfloat16 has no class number 257.
-        super().__init__(name, reduction, keras.backend.result_type(dtype, "float32"))
+        super().__init__(name, reduction, at_least_float32(dtype))
         self.scale = scale
 
     def target(self, cosine: Any) -> Any:
@@ -343,19 +348,25 @@ class CombinedMargin(CosineSoftmax):
 
 
 def _class_numbers(labels: Any, cosines: Any) -> Any:
-    """Class numbers (...), from themselves, from (..., 1) or from one-hot (..., classes)."""
+    """Class numbers (...), from themselves, from (..., 1) or from one-hot (..., classes).
+
+    -1 where a label is none, or a row of one-hot labels has no largest entry above 0.
+    """
     labels = ops.convert_to_tensor(labels)
-    rank, classes = len(cosines.shape), cosines.shape[-1]
-    if len(labels.shape) == rank and labels.shape[-1] == classes:
-        return ops.argmax(labels, axis=-1)
-    if len(labels.shape) == rank and labels.shape[-1] == 1:
+    shape, classes = tuple(cosines.shape), cosines.shape[-1]
+    if len(labels.shape) == len(shape) and labels.shape[-1] == classes > 1:
+        check_shape("labels", labels, shape)
+        largest = ops.max(labels, axis=-1, keepdims=True)
+        single = ops.sum(ops.cast(ops.equal(labels, largest), "int32"), axis=-1) == 1
+        valid = ops.logical_and(single, largest[..., 0] > 0)
+        in_range("labels", labels, "one-hot, with one largest entry above 0 in each row", valid)
+        return ops.where(valid, ops.cast(ops.argmax(labels, axis=-1), "int32"), -1)
+    if len(labels.shape) == len(shape) and labels.shape[-1] == 1:
         labels = ops.squeeze(labels, axis=-1)
-    if len(labels.shape) != rank - 1:
-        raise ValueError(
-            f"labels must be class numbers {tuple(cosines.shape[:-1])} or one-hot "
-            f"{tuple(cosines.shape)}, got shape {tuple(labels.shape)}."
-        )
-    return ops.cast(labels, "int32")
+    check_shape(
+        "labels", labels, shape[:-1], f"the shape of one-hot {shape} or of class numbers"
+    )
+    return class_numbers("labels", labels, classes)[0]
 
 
 def _target_and_others(labels: Any, cosines: Any, scale: float) -> Any:

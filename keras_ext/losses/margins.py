@@ -43,7 +43,8 @@ def a_target(cosine: Any, margin: int = 4) -> Any:
 
 def simple_a_target(cosine: Any) -> Any:
     """ψ = min(cos 4θ, cos θ): a margin for θ < 72° and 120° < θ < 144°, none elsewhere."""
-    return ops.minimum(8 * cosine**4 - 8 * cosine**2 + 1, cosine)
+    fourfold = 8 * cosine**4 - 8 * cosine**2 + 1
+    return ops.where(fourfold < cosine, fourfold, cosine)  # ops.minimum rounds to float32
 
 
 def combined_target(cosine: Any, m1: float = 1.0, m2: float = 0.3, m3: float = 0.2) -> Any:

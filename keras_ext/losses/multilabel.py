@@ -32,6 +32,9 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ext.labels import check_shape, in_range, nan_unless
+from keras_ext.numerics import at_least_float32, cast_up
+
 LOWEST = -1e4  # scores up to here are masked
 NOTHING = -1e30  # log 0 that is finite: no NaN when all are masked
 
@@ -51,7 +54,8 @@ def multilabel_crossentropy(
     Returns: losses (...), in float32 (float64 for float64 scores).
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or labels can be seen to be outside of [0, 1]
+            (`keras_ext.labels`; otherwise the loss is NaN, as it is for labels of NaN).
 
     Example:
         >>> loss = multilabel_crossentropy(np.array([0, 1, 1]), np.array([-9.0, 9.0, 0.0]))
@@ -60,15 +64,19 @@ def multilabel_crossentropy(
     """
     y_true, y_pred = ops.convert_to_tensor(y_true), ops.convert_to_tensor(y_pred)
     scores = _flat_scores(y_pred, class_axes)
-    _check_shape("the shape of y_pred", y_true, y_pred.shape)
-    labels = ops.reshape(ops.cast(y_true, scores.dtype), ops.shape(scores))
+    check_shape("y_true", y_true, y_pred.shape, "the shape of y_pred")
     masked = scores <= LOWEST
+    # Where nothing counts a label may be anything.
+    labels = ops.reshape(ops.cast(y_true, scores.dtype), ops.shape(scores))
+    labels = ops.where(masked, 0, labels)
+    inside = ops.logical_and(labels >= 0, labels <= 1)
+    in_range("y_true", labels, "in [0, 1]", ops.logical_or(inside, ops.isnan(labels)))
     is_pos, is_neg = labels > 0, labels < 1
     pos = ops.log(ops.where(is_pos, labels, 1)) - scores
     neg = ops.log1p(-ops.where(is_neg, labels, 0)) + scores
     pos = ops.where(ops.logical_or(masked, ops.logical_not(is_pos)), NOTHING, pos)
     neg = ops.where(ops.logical_or(masked, ops.logical_not(is_neg)), NOTHING, neg)
-    return _join(neg, pos, threshold)
+    return nan_unless(ops.all(inside, axis=-1), _join(neg, pos, threshold))
 
 
 def sparse_multilabel_crossentropy(
@@ -91,16 +99,22 @@ def sparse_multilabel_crossentropy(
     Returns: losses (...), in float32 (float64 for float64 scores).
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or labels can be seen to be fractions
+            (`keras_ext.labels`; otherwise the loss is NaN, as it is for labels of NaN).
 
     Example:
         >>> loss = sparse_multilabel_crossentropy(np.array([2, -1]), np.array([0.0, -9, 9]))
         >>> round(float(loss), 4)  # log(1 + e⁰ + e⁻⁹) + log(1 + e⁻⁹)
         0.6933
     """
-    y_true, y_pred = ops.cast(y_true, "int32"), ops.convert_to_tensor(y_pred)
+    y_true, y_pred = ops.convert_to_tensor(y_true), ops.convert_to_tensor(y_pred)
     scores = _flat_scores(y_pred, class_axes)
+    labels, y_true = y_true, ops.cast(y_true, "int32")
     numbers = _class_numbers(y_true, y_pred, class_axes)
+    whole = ops.equal(ops.cast(y_true, labels.dtype), labels)  # no fraction, no NaN
+    nan = ops.isnan(ops.cast(labels, scores.dtype))
+    in_range("y_true", labels, "integers", ops.logical_or(whole, nan))
+    whole = ops.all(whole, axis=-1 if class_axes == 1 else (-2, -1))
     scores = ops.where(scores <= LOWEST, NOTHING, scores)
     # A first column of nothing, to which padding points; with mask_zero in place of class 0.
     if mask_zero:
@@ -112,7 +126,8 @@ def sparse_multilabel_crossentropy(
     pos = ops.take_along_axis(scores, numbers, axis=-1)
     absent = ops.logical_or(pos <= LOWEST, _repeated(numbers))
     pos = ops.where(absent, NOTHING, -pos)  # (..., max_labels)
-    return _join(_strike_out(scores, numbers), pos, threshold)
+    losses = _join(_strike_out(scores, numbers), pos, threshold)
+    return nan_unless(whole, losses)
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
@@ -146,7 +161,8 @@ class MultilabelCrossentropy(keras.losses.Loss):
 
     Raises:
         ValueError: `class_axes` is not a positive integer, `mask_zero` comes without
-            `sparse`, or `threshold` is not a finite number; in calls, the shapes do not fit.
+            `sparse`, or `threshold` is not a finite number; in calls, the shapes do not fit,
+            or labels are outside of [0, 1] (compiled: the loss is NaN).
 
     Example:
         >>> loss = MultilabelCrossentropy(class_axes=2, sparse=True)
@@ -177,7 +193,7 @@ class MultilabelCrossentropy(keras.losses.Loss):
             raise ValueError(f"threshold must be a finite number or None, got {threshold}.")
         dtype = keras.dtype_policies.get(dtype or keras.config.floatx()).compute_dtype
         # Keras casts the labels to this dtype too: bfloat16 has no class number 257.
-        super().__init__(name, reduction, keras.backend.result_type(dtype, "float32"))
+        super().__init__(name, reduction, at_least_float32(dtype))
         self.class_axes = class_axes
         self.sparse = sparse
         self.mask_zero = mask_zero
@@ -187,6 +203,8 @@ class MultilabelCrossentropy(keras.losses.Loss):
         if sample_weight is not None:  # Keras would align (batch,) with the heads
             sample_weight = ops.convert_to_tensor(sample_weight, self.dtype)
             shape = ops.shape(y_pred)[: -self.class_axes]
+            if len(sample_weight.shape) > len(shape) and sample_weight.shape[-1] == 1:
+                sample_weight = ops.squeeze(sample_weight, axis=-1)  # as the losses of Keras do
             for _ in range(len(shape) - len(sample_weight.shape)):
                 sample_weight = ops.expand_dims(sample_weight, -1)
             sample_weight = ops.broadcast_to(sample_weight, shape)
@@ -226,19 +244,20 @@ def _flat_scores(y_pred: Any, class_axes: int) -> Any:
             f"y_pred must have class_axes={class_axes} axes or more, got shape "
             f"{tuple(y_pred.shape)}."
         )
-    dtype = keras.backend.standardize_dtype(y_pred.dtype)
-    y_pred = ops.cast(y_pred, keras.backend.result_type(dtype, "float32"))
-    return ops.reshape(y_pred, (*ops.shape(y_pred)[:-class_axes], -1))
+    y_pred = cast_up(y_pred)
+    shape = ops.shape(y_pred)
+    # Counted, for -1 says nothing about an empty batch.
+    return ops.reshape(y_pred, (*shape[:-class_axes], math.prod(shape[-class_axes:])))
 
 
 def _class_numbers(y_true: Any, y_pred: Any, class_axes: int) -> Any:
     """Numbers (..., max_labels) of the classes in the flattened scores, -1 for padding."""
     expected = (*y_pred.shape[:-class_axes], None)
     if class_axes == 1:
-        _check_shape("class numbers of shape", y_true, expected)
+        check_shape("y_true", y_true, expected, "class numbers of shape")
         coordinates = [y_true]
     else:
-        _check_shape("coordinates of shape", y_true, (*expected, class_axes))
+        check_shape("y_true", y_true, (*expected, class_axes), "coordinates of shape")
         coordinates = ops.unstack(y_true, class_axes, axis=-1)
     number, inside = 0, True
     for coordinate, size in zip(coordinates, ops.shape(y_pred)[-class_axes:], strict=True):
@@ -258,19 +277,13 @@ def _repeated(numbers: Any) -> Any:
 def _strike_out(scores: Any, numbers: Any) -> Any:
     """The scores without those of the given columns, of each row."""
     shape = ops.shape(scores)
-    scores = ops.reshape(scores, (-1, shape[-1]))
-    numbers = ops.reshape(numbers, (ops.shape(scores)[0], -1))
-    rows = ops.zeros_like(numbers) + ops.arange(ops.shape(scores)[0])[:, None]
+    rows = math.prod(shape[:-1])
+    scores = ops.reshape(scores, (rows, shape[-1]))
+    numbers = ops.reshape(numbers, (rows, ops.shape(numbers)[-1]))
+    rows = ops.zeros_like(numbers) + ops.arange(rows)[:, None]
     places = ops.reshape(ops.stack([rows, numbers], axis=-1), (-1, 2))
     nothing = ops.full_like(places[:, 0], NOTHING, dtype=scores.dtype)
     return ops.reshape(ops.scatter_update(scores, places, nothing), shape)
-
-
-def _check_shape(expected: str, y_true: Any, shape: tuple) -> None:
-    given, shape = tuple(y_true.shape), tuple(shape)
-    fits = all(None in (a, b) or a == b for a, b in zip(given, shape, strict=False))
-    if len(given) != len(shape) or not fits:
-        raise ValueError(f"y_true must have {expected} {shape}, got shape {given}.")
 
 
 def _check_class_axes(class_axes: int) -> None:

@@ -20,7 +20,8 @@ from keras import ops
 
 from keras_ext import backend
 from keras_ext.layers.gradient_stop import gradient_only
-from keras_ext.losses.gan import GANQP, at_least_float32
+from keras_ext.losses.gan import GANQP
+from keras_ext.numerics import cast_up
 from keras_ext.training.gan import NoiseModel, check_arguments, regularisation
 
 
@@ -98,7 +99,7 @@ class BiGANQP(NoiseModel):
             codes, images = made
             real = self.discriminator([x, codes], training=training)
             fake = self.discriminator([images, z], training=training)
-            delta = at_least_float32(real) - at_least_float32(fake)
+            delta = cast_up(real) - cast_up(fake)
             return ops.mean(delta), delta
 
         made = [codes, images]
@@ -123,7 +124,7 @@ class BiGANQP(NoiseModel):
             (self.code_weight, z, of_images),
             (self.image_weight, x, of_codes),
         ):
-            a, b = at_least_float32(a), at_least_float32(b)
+            a, b = cast_up(a), cast_up(b)
             loss = loss + weight * ops.mean((a - b) ** 2)
         return loss
 

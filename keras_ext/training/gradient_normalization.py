@@ -30,7 +30,7 @@ import keras
 from keras import ops
 
 from keras_ext import backend
-from keras_ext.losses.gan import at_least_float32
+from keras_ext.numerics import cast_up
 
 PIECEWISE_LINEAR = ("linear", "relu", "leaky_relu")
 
@@ -118,7 +118,7 @@ def scores_and_slopes(critic: Any, inputs: Any, training: bool = False) -> tuple
         return ops.sum(scores), scores
 
     (_, scores), gradient = backend.value_and_grad(total, has_aux=True)(inputs)
-    squares = ops.square(at_least_float32(gradient))
+    squares = ops.square(cast_up(gradient))
     # Inside the root: its gradient at 0 is infinite.
     norms = ops.sqrt(ops.sum(squares, axis=tuple(range(1, len(squares.shape)))) + 1e-12)
     return scores, ops.cast(ops.reshape(norms, ops.shape(scores)), scores.dtype)

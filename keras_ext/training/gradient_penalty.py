@@ -19,7 +19,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ext.losses.gan import at_least_float32
+from keras_ext.numerics import cast_up
 from keras_ext.training.gradient_normalization import (
     refuse_batch_normalization,
     scores_and_slopes,
@@ -73,7 +73,7 @@ class GradientPenalty:
             u = keras.random.uniform(shape, dtype=x_fake.dtype, seed=seed)
             x = u * x_real + (1 - u) * x_fake
         _, slopes = scores_and_slopes(discriminator, ops.stop_gradient(x), training=True)
-        slopes = at_least_float32(slopes)
+        slopes = cast_up(slopes)
         if self.kind in ("r1", "r2"):
             return self.weight * ops.mean(slopes**2) / 2
         excess = slopes - 1

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 import pytest
+from compiled import float64
 from keras import ops
 
 from keras_ext import losses
@@ -84,6 +85,15 @@ def test_bfloat16_is_computed_in_float32(row):
     assert keras.backend.standardize_dtype(loss.dtype) == "float32"
     same = row._replace(y_pred=ops.convert_to_numpy(ops.cast(rounded, "float32")))
     np.testing.assert_allclose(ops.convert_to_numpy(loss), value(row.make(), same), rtol=1e-6)
+
+
+def test_float64_is_computed_in_float64(row):
+    with float64():
+        wide = row._replace(y_pred=row.y_pred.astype("float64"))
+        each = value(row.make(reduction=None, dtype="float64"), wide)
+    assert each.dtype == "float64"
+    assert (each != each.astype("float32")).all()  # it has the digits
+    np.testing.assert_allclose(each, value(row.make(reduction=None), row), rtol=1e-5)
 
 
 def test_a_compiled_fit_step_equals_the_eager_loss(row):

@@ -5,7 +5,7 @@ from itertools import pairwise, product
 import keras
 import numpy as np
 import pytest
-from compiled import compiled
+from compiled import compiled, float64, unseen
 from keras import ops
 
 from keras_ext.backend import value_and_grad
@@ -101,6 +101,20 @@ def test_sum_score_and_best_path_are_those_of_all_paths():
     assert result[-1] == 0  # the one path of nothing
     decoded = numpy(crf_decode(emissions, *weights, MASK))
     np.testing.assert_array_equal(decoded, best_path(emissions, *weights, mask=MASK))
+
+
+def test_float64_values():
+    layer = CRF(dtype="float64")
+    with float64():
+        outputs = layer(EMISSIONS, mask=MASK)
+        layer.set_weights(WEIGHTS)
+        losses = layer.loss(reduction=None)(np.where(MASK, TAGS, -100), outputs)
+        log_z = functions.crf_log_partition(EMISSIONS, *WEIGHTS, MASK)
+        results = [numpy(losses), numpy(log_z)]
+    expected = log_partition(EMISSIONS, *WEIGHTS, mask=MASK)
+    score = path_score(EMISSIONS, TAGS, *WEIGHTS, mask=MASK)
+    np.testing.assert_allclose(results[0], expected - score, rtol=1e-13)
+    np.testing.assert_allclose(results[1], expected, rtol=1e-13)
 
 
 def test_what_stands_at_padding_does_not_matter():
@@ -210,6 +224,138 @@ def test_small_losses_of_long_sequences_are_precise():
         loss = numpy(crf_negative_log_likelihood(emissions, tags, *zeros))
         np.testing.assert_allclose(loss, expected, rtol=1e-6)
     np.testing.assert_array_equal(numpy(crf_decode(emissions, *zeros)), other)
+
+
+def rest_of(emissions, tags, transitions, start, end):
+    """R of one sequence, the paths that have left it, in float64."""
+    emissions = emissions.astype("float64")
+    emissions[0] += start
+    emissions[-1] += end
+    rho = emissions[0] - emissions[0, tags[0]]
+    rho[tags[0]] = -np.inf
+    for (last, tag), row in zip(pairwise(tags), emissions[1:], strict=True):
+        full = rho.copy()
+        full[last] = np.logaddexp(rho[last], 0)
+        moves = transitions - transitions[last, tag]
+        new = np.logaddexp.reduce(full[:, None] + moves, axis=0) + row - row[tag]
+        new[tag] = np.logaddexp.reduce(rho + moves[:, tag])
+        rho = new
+    return np.logaddexp.reduce(rho)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+@pytest.mark.parametrize("margin", [2, 12, 18, 40, 80])
+def test_tiny_losses_and_gradients_are_exact(margin, length):
+    random = np.random.default_rng(margin + length)
+    mask = np.ones((2, length), bool)
+    mask[1, length // 2 : length - 1] = length < 3  # a gap
+    tags = random.integers(NUMBER, size=(2, length))
+    emissions = margin * (tags[..., None] == np.arange(NUMBER)) + random.normal(
+        size=(2, length, NUMBER)
+    )
+    arrays = as_float32([emissions, *WEIGHTS])
+
+    def reference(arrays):
+        emissions, *weights = arrays
+        rest = [
+            rest_of(e[m], y[m], *weights) for e, y, m in zip(emissions, tags, mask, strict=True)
+        ]
+        return np.log1p(np.exp(np.array(rest, "longdouble")))
+
+    def loss(arrays):
+        emissions, *weights = arrays
+        rows = crf_negative_log_likelihood(emissions, tags, *weights, mask)
+        return ops.sum(rows), rows
+
+    (_, rows), gradients = compiled(value_and_grad(loss, has_aux=True))(arrays)
+    exact = [a.astype("float64") for a in arrays]
+    expected = reference(exact)
+    if margin == 80:
+        assert expected.max() < 1e-30
+    np.testing.assert_allclose(numpy(rows), expected.astype("float64"), rtol=2e-5)
+    scale = float(expected.sum())
+    slope = slopes(lambda arrays: float(reference(arrays).sum()) / scale, exact)
+    for gradient, expected in zip(gradients, slope, strict=True):
+        gradient = numpy(gradient).astype("float64") / scale
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("margin", [5, 15, 40])
+def test_tiny_losses_of_two_thousand_steps(margin):
+    random = np.random.default_rng(1)
+    tags = random.integers(NUMBER, size=(1, 2000))
+    emissions = margin * (tags[..., None] == np.arange(NUMBER))
+    emissions = (emissions + random.normal(size=emissions.shape)).astype("float32")
+    weights = as_float32(WEIGHTS)
+    expected = np.logaddexp(0, rest_of(emissions[0], tags[0], *weights))
+    loss = numpy(crf_negative_log_likelihood(emissions, tags, *weights))
+    np.testing.assert_allclose(loss, expected, rtol=2e-4)
+
+
+def test_gradients_with_one_tag_are_zero():
+    arrays = as_float32([np.ones((2, 5, 1)), [[2]], [3], [4]])
+
+    def loss(arrays):
+        return ops.sum(crf_negative_log_likelihood(arrays[0], np.zeros((2, 5)), *arrays[1:]))
+
+    value, gradients = compiled(value_and_grad(loss))(arrays)
+    for gradient in (value, *gradients):
+        np.testing.assert_array_equal(numpy(gradient), 0)
+
+
+def test_second_derivatives_of_the_loss():
+    arrays = as_float32([EMISSIONS, *WEIGHTS])
+    direction = [RANDOM.normal(size=a.shape).astype("float32") for a in arrays]
+    along = [ops.convert_to_tensor(d) for d in direction]
+
+    def slope(arrays):
+        def total(arrays):
+            emissions, *weights = arrays
+            rows = functions.crf_negative_log_likelihood(emissions, TAGS, *weights, MASK)
+            return ops.sum(rows)
+
+        gradients = value_and_grad(total)(arrays)[1]
+        return sum(ops.sum(d * g) for g, d in zip(gradients, along, strict=True))
+
+    gradients = compiled(value_and_grad(slope))(arrays)[1]
+    curvature = sum(np.sum(numpy(g) * d) for g, d in zip(gradients, direction, strict=True))
+
+    def value(h):  # the score of the path is linear
+        moved = [a.astype("float64") + h * d for a, d in zip(arrays, direction, strict=True)]
+        return log_partition(*moved, mask=MASK).sum()
+
+    h = 1e-4
+    expected = (value(h) - 2 * value(0) + value(-h)) / h**2
+    np.testing.assert_allclose(curvature, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [NUMBER, 99, -1, 0.5, np.nan])
+def test_tags_out_of_range(wrong, monkeypatch):
+    arrays = as_float32([EMISSIONS, *WEIGHTS])
+    tags = np.where(MASK, TAGS, np.nan).astype("float32")  # anything at padding
+    tags[0, 2] = wrong
+    with pytest.raises(ValueError, match=r"tags must be integers in \[0, 3\), got .*mask"):
+        functions.crf_negative_log_likelihood(arrays[0], tags, *arrays[1:], MASK)
+    with pytest.raises(ValueError, match="tags must be integers"):
+        functions.crf_path_score(arrays[0], tags, *arrays[1:], MASK)
+    if wrong != -1:  # which the loss leaves out
+        layer = CRF()
+        outputs = layer(arrays[0], mask=MASK)
+        with pytest.raises(ValueError, match="tags must be integers"):
+            layer.loss()(tags, outputs)
+
+    def loss(arrays, tags):
+        rows = functions.crf_negative_log_likelihood(arrays[0], tags, *arrays[1:], MASK)
+        return ops.sum(rows), rows
+
+    step = unseen(value_and_grad(loss, has_aux=True), monkeypatch)
+    (_, rows), gradients = step(
+        [ops.convert_to_tensor(a) for a in arrays], ops.convert_to_tensor(tags)
+    )
+    np.testing.assert_array_equal(np.isnan(numpy(rows)), [True] + [False] * 5)
+    assert np.isnan(numpy(gradients[0])[0]).any()
+    assert np.isfinite(numpy(gradients[0])[1:]).all()
+    assert all(np.isnan(numpy(g)).any() for g in gradients[1:])
 
 
 def test_impossible_tags_have_no_share():
@@ -324,5 +470,7 @@ def test_arguments_are_checked():
     outputs = layer(np.zeros((2, 4, 3), "float32"))
     with pytest.raises(ValueError, match=r"must be tags \(batch, length\), got shape"):
         layer.loss()(np.zeros((2, 4, 3)), outputs)
+    with pytest.raises(ValueError, match=r"tags must have shape \(2, 4\), got shape \(1, 4\)"):
+        functions.crf_path_score(outputs, np.zeros((1, 4)), *layer.potentials)
     with pytest.raises(ValueError, match="one weight for each sequence"):
         layer.loss()(np.zeros((2, 4)), outputs, np.ones((2, 4)))

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from compiled import compiled
+from compiled import compiled, float64
 from keras import ops
 from reference import global_pointer as reference
 
@@ -69,6 +69,27 @@ def test_equals_the_definition(make, rope, tril):
     kept = KEPT | np.swapaxes(KEPT, 2, 3) if not tril else KEPT
     scores = np.where(kept, expected(layer), -16384)
     np.testing.assert_allclose(numpy(call(layer)), scores, rtol=1e-5, atol=1e-4)
+
+
+# On JAX the cosines that Keras gives are of float32.
+@pytest.mark.parametrize(("rope", "rtol"), [(False, 1e-11), (True, 1e-5)])
+def test_float64_scores(rope, rtol):
+    query, key = np.random.default_rng(3).normal(size=(2, 1, LENGTH, HEADS, SIZE))
+    with float64():
+        scores = ops.convert_to_numpy(mask_spans(span_scores(query, key, rope), tril=False))
+    assert scores.dtype == "float64"
+    expected = reference.span_scores(query[0], key[0], rope)
+    np.testing.assert_allclose(scores[0], expected, rtol=rtol)
+
+
+@pytest.mark.parametrize("make", [GlobalPointer, EfficientGlobalPointer])
+def test_a_float64_layer_stays_float64(make):
+    with float64():
+        layer = randomized(make(HEADS, SIZE, dtype="float64"))
+        scores = ops.convert_to_numpy(layer(HIDDEN.astype("float64"), mask=MASK))
+    assert scores.dtype == "float64"
+    # The matmul in a Dense of Keras is one of float32 on PyTorch and JAX.
+    np.testing.assert_allclose(scores, np.where(KEPT, expected(layer), -16384), rtol=1e-4)
 
 
 def test_with_rope_positions_count_by_their_difference_alone():

@@ -5,6 +5,7 @@ import itertools
 import keras
 import numpy as np
 import pytest
+from compiled import float64
 from keras import ops
 from reference import margin_softmax as reference
 
@@ -80,6 +81,20 @@ def test_values(case):
     expected = reference.loss(LABELS, COSINES, angle_fn, loss.scale)
     np.testing.assert_allclose(per_example(loss, LABELS, COSINES), expected, rtol=3e-5)
     np.testing.assert_allclose(float(loss(LABELS, COSINES)), expected.mean(), rtol=1e-5)
+
+
+def test_float64_values(case):
+    loss, angle_fn = case
+    cosines = COSINES.astype("float64")
+    with float64():
+        result = per_example(loss, LABELS, cosines)
+        config = {**loss.get_config(), "dtype": "float64", "reduction": "sum"}
+        total = ops.convert_to_numpy(type(loss).from_config(config)(LABELS, cosines))
+    expected = reference.loss(LABELS, cosines, angle_fn, loss.scale)
+    # The arctan2 of Keras is one of float32 on PyTorch and JAX.
+    rtol = 1e-5 if isinstance(loss, CombinedMargin) else 1e-10
+    np.testing.assert_allclose(result, expected, rtol=rtol)
+    np.testing.assert_allclose(total, expected.sum(), rtol=rtol)
 
 
 def test_small_losses_are_exact_relatively():
@@ -292,10 +307,17 @@ def test_adaptive_margin_is_the_mean_class_diameter():
     np.testing.assert_allclose(adaptive_margin(features, labels, centers), sum(radii))
     to_mean = adaptive_margin(features[:2], [5, 5])
     np.testing.assert_allclose(to_mean, 2 * (1 - np.cos(np.radians(30))))
-    with pytest.raises(ValueError, match=r"labels must be in \[0, 3\).* got 0 to 3"):
+    with pytest.raises(ValueError, match=r"labels must be integers in \[0, 3\), got \[3\]"):
         adaptive_margin(features, [0, 1, 2, 3, 3], centers)
+    assert adaptive_margin(features, np.array(labels, float), centers) == sum(radii)
+    with pytest.raises(ValueError, match=r"got \[0.5, nan\]. centers has one column for each"):
+        adaptive_margin(features, [0, 1, 2, 0.5, np.nan], centers)
     with pytest.raises(ValueError, match="one for each of the 5 features"):
         adaptive_margin(features, [0, 1])
+    with pytest.raises(ValueError, match="features must have one row or more"):
+        adaptive_margin(np.zeros((0, 2)), [])
+    features[0] = np.nan
+    assert np.isnan(adaptive_margin(features, labels))
 
 
 def test_what_the_derivation_needs_root_of_one_minus_cosine_is_a_metric():

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from compiled import compiled
+from compiled import compiled, float64
 from keras import ops
 from reference import multilabel as reference
 
@@ -57,6 +57,20 @@ def test_values(labels, scores, threshold):
     np.testing.assert_allclose(losses, expected, rtol=3e-6)
     assert (losses >= 0).all()
     assert np.isfinite(losses).all()
+
+
+def test_float64_values():
+    labels, scores = SOFT.astype("float64"), MASKED.astype("float64")
+    loss = MultilabelCrossentropy(reduction=None, dtype="float64")
+    sparse = MultilabelCrossentropy(sparse=True, reduction=None, dtype="float64")
+    with float64():
+        results = [
+            ops.convert_to_numpy(loss(labels, scores)),
+            ops.convert_to_numpy(sparse(SETS, scores)),
+        ]
+    for truth, result in zip((labels, HARD), results, strict=True):
+        expected = reference.rows(reference.loss, truth, scores)
+        np.testing.assert_allclose(result, expected, rtol=1e-13)
 
 
 @pytest.mark.parametrize("labels", [HARD, SOFT], ids=["hard", "soft"])
@@ -192,10 +206,21 @@ def test_sample_weights_weigh_the_heads_of_a_text_together():
         ("sum", weights, weights @ losses.sum(1)),
         ("mean_with_sample_weight", weights, weights @ losses.mean(1) / 3),
         ("sum", of_heads, (of_heads * losses).sum()),
+        ("sum", weights[:, None], weights @ losses.sum(1)),
     ]:
         loss = MultilabelCrossentropy(class_axes=2, reduction=reduction)
         result = compiled(loss)(labels, scores, sample_weight)
         np.testing.assert_allclose(numpy(result), expected, rtol=3e-6)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_sample_weights_may_be_a_column_as_for_the_losses_of_keras(sparse):
+    loss = MultilabelCrossentropy(sparse=sparse, reduction="sum")
+    labels, weights = SETS if sparse else HARD, np.arange(6.0)
+    result = loss(labels, SCORES, weights[:, None])
+    assert float(result) == float(loss(labels, SCORES, weights))
+    with pytest.raises(Exception, match=r"."):
+        loss(labels, SCORES, np.ones((6, 2)))
 
 
 def test_config_round_trip():

@@ -17,11 +17,11 @@ Source: Katharopoulos et al. 2020, arXiv 2006.16236; kexue.fm/archives/7546.
 
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_ext.layers.attention.projected import ProjectedAttention
+from keras_ext.numerics import at_least_float32
 
 # What is divided by. In float32 that leaves the gradients a factor of 1e11 until they overflow.
 SMALLEST = 1e-27
@@ -62,7 +62,7 @@ def linear_attention(
         (2, 5, 4, 6)
     """
     dtype = value.dtype
-    wide = keras.backend.result_type(dtype, "float32")
+    wide = at_least_float32(dtype)
     if causal and query.shape[1] != key.shape[1]:
         raise ValueError(
             f"Causal linear attention needs as many targets as sources, got {query.shape[1]} "
@@ -173,7 +173,7 @@ class FeatureAttention(ProjectedAttention):
                     f"{tuple(given.shape)} could act on: use value_mask for padding and "
                     "causal=True for order, or MultiHeadAttention."
                 )
-        wide = keras.backend.result_type(self.compute_dtype, "float32")
+        wide = at_least_float32(self.compute_dtype)
         query, key = (ops.cast(x, wide) for x in (query, self.for_all_heads(key)))
         query, key, _ = self.features(query, key, source_mask)
         value = self.for_all_heads(value)
@@ -188,7 +188,7 @@ class FeatureAttention(ProjectedAttention):
         features, 1), however long the text, and `scale`, the logarithm of the factor that was
         taken out of them.
         """
-        wide = keras.backend.result_type(self.compute_dtype, "float32")
+        wide = at_least_float32(self.compute_dtype)
         shape = (batch_size, self.num_heads, self.num_features)
         return {
             "sums": ops.zeros((*shape, self.value_dim), wide),

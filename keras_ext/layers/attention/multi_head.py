@@ -34,6 +34,7 @@ from keras_ext.layers.attention.positions import Position
 from keras_ext.layers.attention.projected import ProjectedAttention
 from keras_ext.layers.attention.windows import WindowBlocks
 from keras_ext.layers.transformer import serialize_unbuilt
+from keras_ext.numerics import cast_up
 
 MASKED = -1e30  # finite: -inf would make a fully masked row NaN
 
@@ -379,7 +380,7 @@ class MultiHeadAttention(ProjectedAttention):
 
 def _unit(x: Any) -> Any:
     """Vectors of length 1 (of 0 where they are 0), by float32 at least."""
-    wide = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+    wide = cast_up(x)
     square = ops.sum(ops.square(wide), -1, keepdims=True)
     return ops.cast(wide * ops.rsqrt(ops.maximum(square, 1e-24)), x.dtype)
 

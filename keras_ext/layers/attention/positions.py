@@ -23,6 +23,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_ext.numerics import at_least_float32, cast_up
+
 
 def rotary_embedding(
     x: Any, positions: Any = None, base: float = 10_000.0, interleaved: bool = True
@@ -50,7 +52,7 @@ def rotary_embedding(
     dtype, size = keras.backend.standardize_dtype(x.dtype), x.shape[-1]
     if size % 2:
         raise ValueError(f"The last axis of x must be even, got shape {tuple(x.shape)}.")
-    wide = keras.backend.result_type(dtype, "float32")
+    wide = at_least_float32(dtype)
     if positions is None:
         positions = ops.arange(ops.shape(x)[1])
     frequencies = ops.convert_to_tensor(float(base) ** (-np.arange(0, size, 2) / size), wide)
@@ -95,7 +97,7 @@ class Position:
             key_positions: (sources,).
         """
         scores = ops.einsum("bthd,bshd->bhts", query, key)
-        return ops.cast(scores, keras.backend.result_type(scores.dtype, "float32"))
+        return cast_up(scores)
 
     def outputs(
         self, weights: Any, value: Any, query_positions: Any, key_positions: Any

@@ -38,10 +38,11 @@ class SingularVectors(Projection):
             ops.equal(self.owner.iterations % self.owner.update_gap, 0),
             ops.logical_not(ops.any(ops.not_equal(projector, 0))),
         )
-        due = ops.logical_and(due, ops.any(ops.not_equal(grad, 0)))  # zeros have no directions
 
         def refresh():
-            projector.assign(self.singular_vectors(grad, projector))
+            vectors = self.singular_vectors(grad, projector)
+            given = ops.any(ops.not_equal(grad, 0))  # zeros have no directions
+            projector.assign(ops.where(given, vectors, projector))
 
         self.owner.when(due, refresh)
         return backend.snapshot([projector])

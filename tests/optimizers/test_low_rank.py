@@ -666,7 +666,7 @@ def test_which_matrices_are_chosen():
     assert chosen(rank=2, include="kernel") == [(24, 5), (5, 2)]
     with pytest.raises(ValueError, match="too small for rank=3"):
         chosen(rank=3, include="kernel")
-    for options in ({"rank": 6}, {"rank": 1, "include": "dense/bias"}):
+    for options in ({"rank": 6}, {"rank": 1, "include": "^dense/bias"}):
         with pytest.raises(ValueError, match="no matrix is left for rank"):
             chosen(**options)
 

@@ -217,7 +217,7 @@ def test_at_rate_1_the_predecessor_leaves_the_step():
     equal(settled.trainable_variables, unsettled.trainable_variables)
     traced.clear()
     fit(settled, 1)
-    assert traced
+    assert bool(traced) == (keras.backend.backend() != "torch")  # where nothing is traced
 
 
 def test_a_saved_training_model_is_the_same(tmp_path):

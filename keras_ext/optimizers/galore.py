@@ -42,7 +42,7 @@ class SingularVectors(Projection):
         def refresh():
             vectors = self.singular_vectors(grad, projector)
             given = ops.any(ops.not_equal(grad, 0))  # zeros have no directions
-            projector.assign(ops.where(given, vectors, projector))
+            projector.assign(ops.where(given, vectors, projector.value))
 
         self.owner.when(due, refresh)
         return backend.snapshot([projector])

@@ -105,6 +105,11 @@ class CRF(keras.layers.Layer):
         weight for each sequence. y_true may be anything at padding; positions where it is
         negative are left out as well. It is no metric: on JAX those have no access to the
         weights of the model while it is trained.
+
+        Raises:
+            ValueError: when the loss is computed, y_true or the sample weights have another
+                shape, or a tag that counts is seen to be too large; where tags cannot be seen,
+                as in a compiled step, that sequence has a NaN loss.
         """
         return CRFLoss(self, reduction, name)
 

@@ -217,14 +217,14 @@ class AccumOptimizer(OptimizerWrapper):
         total = ops.where(weight_sum > 0, weight_sum, 1.0)
         variables = self.inner_variables
 
-        def step(indices):
+        def step(indices: list[int]) -> None:
             grads = [None] * len(variables)
             for i in indices:
                 accumulator = self.accumulators[i]
                 grads[i] = accumulator / ops.cast(total, accumulator.dtype)
             self.step_inner(grads)
 
-        def step_of_all():
+        def step_of_all() -> None:
             with had_gradient({id(variables[i]): self.had_gradient[i] for i in doubtful}):
                 step([*certain, *doubtful])
 
@@ -256,7 +256,7 @@ class AccumOptimizer(OptimizerWrapper):
                 stacklevel=2,
             )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return super().get_config() | {
             "accum_steps": self.accum_steps,
             "remainder": self.remainder,
@@ -273,7 +273,7 @@ def _scaled(grad: Any, weight: Any) -> Any:
     if grad is None:
         return None
 
-    def scale(g):
+    def scale(g: Any) -> Any:
         dtype = at_least_float32(g.dtype)
         g = ops.cast(g, dtype)
         return ops.where(weight > 0, ops.cast(weight, dtype) * g, ops.zeros_like(g))

@@ -180,7 +180,7 @@ class RelativeAdafactor(keras.optimizers.Optimizer):
             share = 1 - self.beta_2
         square = ops.square(gradient) + self.epsilon_1
 
-        def average(state, value):
+        def average(state: keras.Variable, value: Any) -> Any:
             value = (1 - share) * ops.cast(state, gradient.dtype) + share * value
             self.assign(state, value)
             return value

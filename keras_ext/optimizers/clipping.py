@@ -175,7 +175,7 @@ class ClipOptimizer(OptimizerWrapper):
         adaptive = self.kind == "adaptive"
         found = unit_norms(given, weights) if adaptive else norms(given, self.scope)
 
-        def step():
+        def step() -> None:
             clipped = dict(zip(chosen, self._clip(chosen, given, found), strict=True))
             self.step_inner([clipped.get(i, g) for i, g in enumerate(grads)])
 
@@ -255,7 +255,7 @@ def _norms(tensors: Sequence, axes: Sequence) -> list:
     dtype = "float64" if "float64" in dtypes else "float32"
     tensors = [ops.cast(t, dtype) for t in tensors]
 
-    def root_of_sum(t, axis):
+    def root_of_sum(t: Any, axis: tuple[int, ...] | None) -> Any:
         return ops.sqrt(ops.sum(ops.square(t), axis=axis, keepdims=axis is not None))
 
     plain = [root_of_sum(t, axis) for t, axis in zip(tensors, axes, strict=True)]

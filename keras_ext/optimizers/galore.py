@@ -39,7 +39,7 @@ class SingularVectors(Projection):
             ops.logical_not(ops.any(ops.not_equal(projector, 0))),
         )
 
-        def refresh():
+        def refresh() -> None:
             vectors = self.singular_vectors(grad, projector)
             given = ops.any(ops.not_equal(grad, 0))  # zeros have no directions
             projector.assign(ops.where(given, vectors, projector.value))

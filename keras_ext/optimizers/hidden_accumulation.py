@@ -140,7 +140,7 @@ class MomentumAccumulation(BaseOptimizer):
 
         # A moment is written before the conditional that reads it, never in it, and only one
         # conditional writes a weight: so XLA needs no copies.
-        def decay():
+        def decay() -> None:
             for moment in moments:
                 for i in present:
                     m = moment.variables[i]
@@ -165,7 +165,7 @@ class MomentumAccumulation(BaseOptimizer):
         return True if flag is None else flag
 
     def _unscaled(self, grad: Any, index: int) -> Any:
-        def unscale(g):
+        def unscale(g: Any) -> Any:
             g = ops.cast(g, self.momentums[index].dtype)
             return g if self.loss_scale_factor is None else g / self.loss_scale_factor
 
@@ -182,7 +182,7 @@ class MomentumAccumulation(BaseOptimizer):
         if others:
             had = [self.had_gradient[i] for i in others]
 
-            def step_others():
+            def step_others() -> None:
                 for i in others:
                     self._step_one(i, last, finite, self.had_gradient[i])
 

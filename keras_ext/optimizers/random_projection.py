@@ -31,7 +31,7 @@ class FreshBasis(Projection):
     def basis(self, grad: Any) -> list:
         self.restart()
 
-        def draw(like):
+        def draw(like: keras.Variable) -> Any:
             return keras.random.normal(
                 like.shape,
                 stddev=self.rank**-0.5,

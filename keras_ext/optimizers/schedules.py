@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from itertools import pairwise
 from numbers import Integral, Real
+from typing import Any
 
 import keras
 from keras import ops
@@ -63,7 +64,7 @@ class PiecewiseLinear(keras.optimizers.schedules.LearningRateSchedule):
         self.points = {int(step): float(points[step]) for step in sorted(points)}
         self.learning_rate = float(learning_rate)
 
-    def __call__(self, step):
+    def __call__(self, step: Any) -> Any:
         step = ops.convert_to_tensor(step)
         rates = [(s, self.learning_rate * multiplier) for s, multiplier in self.points.items()]
         rate = ops.convert_to_tensor(rates[0][1], "float32")
@@ -76,7 +77,7 @@ class PiecewiseLinear(keras.optimizers.schedules.LearningRateSchedule):
         last, final = rates[-1]
         return ops.where(step >= last, ops.convert_to_tensor(final, "float32"), rate)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         # Pairs: in JSON the keys of a dictionary become strings.
         return {
             "points": [[step, multiplier] for step, multiplier in self.points.items()],
@@ -84,7 +85,7 @@ class PiecewiseLinear(keras.optimizers.schedules.LearningRateSchedule):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Any:
         return cls(**(config | {"points": dict(map(tuple, config["points"]))}))
 
 
@@ -112,14 +113,14 @@ class InverseSquareRoot(keras.optimizers.schedules.LearningRateSchedule):
             raise ValueError(f"maximum must be a finite number > 0, got {maximum!r}.")
         self.maximum = float(maximum)
 
-    def __call__(self, step):
+    def __call__(self, step: Any) -> Any:
         t = ops.cast(ops.convert_to_tensor(step) + 1, "float32")
         return ops.minimum(self.maximum, ops.rsqrt(t))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"maximum": self.maximum}
 
 
-def _is_finite(number) -> bool:
+def _is_finite(number: Any) -> bool:
     is_number = isinstance(number, Real) and not isinstance(number, bool)
     return is_number and math.isfinite(number)

@@ -67,6 +67,18 @@ def accepts(wrapper: str, name: str) -> bool:
     return not (follows and wrapper in ("Multiplier", "Lookahead"))
 
 
+def habits(wrappers: dict, without: tuple[str, ...] = ()):
+    """AdamW in all wrappers; under `thorough` every other optimizer in three at once."""
+    others = [name for name in OPTIMIZERS if name not in ("AdamW", *without)]
+    nested = NESTED["Accum Clip EMA"]
+    return pytest.mark.parametrize(
+        ("wrap", "make"),
+        [(wrap, OPTIMIZERS["AdamW"]) for wrap in wrappers.values()]
+        + [pytest.param(nested, OPTIMIZERS[n], marks=pytest.mark.thorough) for n in others],
+        ids=[*wrappers, *others],
+    )
+
+
 PAIRS = [(w, n) for n in OPTIMIZERS for w in WRAPPERS if accepts(w, n)]
 
 
@@ -145,8 +157,8 @@ def test_only_accumulation_takes_a_weight(name):
         WRAPPERS[name]("sgd").apply([ops.ones(1)], [keras.Variable([1.0])], weight=2.0)
 
 
-@each_wrapper
-def test_frozen_and_thawed_between_fits(wrap):
+@habits(WRAPPERS, ("SGD momentum",))
+def test_frozen_and_thawed_between_fits(wrap, make):
     if BACKEND == "jax":
         pytest.skip("Keras refuses another set of variables on JAX")
 
@@ -157,15 +169,15 @@ def test_frozen_and_thawed_between_fits(wrap):
             fit(optimizer, model)
         return model
 
-    plain = run(OPTIMIZERS["AdamW"]())
-    assert_same(run(wrap(OPTIMIZERS["AdamW"]())), plain, 1e-6)
+    plain = run(make())
+    assert_same(run(wrap(make())), plain, 1e-6)
 
 
-@each_wrapper
+@habits(WRAPPERS)
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it on PyTorch")
-def test_several_steps_in_one_execution(wrap):
-    plain = fit(OPTIMIZERS["AdamW"](), steps_per_execution=3)
-    assert_same(fit(wrap(OPTIMIZERS["AdamW"]()), steps_per_execution=3), plain, 1e-6)
+def test_several_steps_in_one_execution(wrap, make):
+    plain = fit(make(), steps_per_execution=3)
+    assert_same(fit(wrap(make()), steps_per_execution=3), plain, 1e-6)
 
 
 @each_nesting
@@ -277,10 +289,10 @@ def mixed_float16():
     keras.config.set_dtype_policy("float32")
 
 
-@each_wrapper
-def test_loss_scaling_under_mixed_float16(wrap, mixed_float16):
-    plain = fit(OPTIMIZERS["AdamW"](), jit_compile=JIT)
-    wrapped = fit(wrap(OPTIMIZERS["AdamW"]()), jit_compile=JIT)
+@habits(WRAPPERS)
+def test_loss_scaling_under_mixed_float16(wrap, make, mixed_float16):
+    plain = fit(make(), jit_compile=JIT)
+    wrapped = fit(wrap(make()), jit_compile=JIT)
     assert isinstance(wrapped.optimizer, keras.optimizers.LossScaleOptimizer)
     assert_same(wrapped, plain, 2e-5)
     scales = [float(ops.convert_to_numpy(m.optimizer.dynamic_scale)) for m in (plain, wrapped)]
@@ -322,17 +334,17 @@ def test_accumulation_in_half_precision_is_exact_while_nothing_overflows(mixed_f
 SHORT = {"batch_size": 12, "run_eagerly": BACKEND == "tensorflow"}
 
 
-def trained(wrap):
-    return fit(wrap(OPTIMIZERS["AdamW"]()), **SHORT)
+def trained(wrap, make=OPTIMIZERS["AdamW"]):
+    return fit(wrap(make()), **SHORT)
 
 
 def state_of(model):
     return [ops.convert_to_numpy(v).copy() for v in model.optimizer.variables]
 
 
-@each_nesting
-def test_config_pickle_and_deepcopy(wrap):
-    optimizer = wrap(OPTIMIZERS["AdamW"]())
+@habits(NESTED)
+def test_config_pickle_and_deepcopy(wrap, make):
+    optimizer = wrap(make())
     config = keras.saving.serialize_keras_object(optimizer)
     for twin in (
         keras.saving.deserialize_keras_object(config),
@@ -343,20 +355,20 @@ def test_config_pickle_and_deepcopy(wrap):
         assert twin.get_config() == optimizer.get_config()
 
 
-@each_nesting
-def test_weights_of_a_trained_model_in_a_fresh_one(wrap, tmp_path):
+@habits(NESTED)
+def test_weights_of_a_trained_model_in_a_fresh_one(wrap, make, tmp_path):
     path = tmp_path / "m.weights.h5"
-    model = trained(wrap)
+    model = trained(wrap, make)
     model.save_weights(path)
     fresh, _, _ = model_and_data()
-    fresh.compile(wrap(OPTIMIZERS["AdamW"]()), "mse")
+    fresh.compile(wrap(make()), "mse")
     with pytest.warns(UserWarning, match="Skipping variable loading for optimizer"):
         fresh.load_weights(path)
     assert_same(fresh, model)
     assert not int(ops.convert_to_numpy(fresh.optimizer.iterations))
     fit(fresh.optimizer, fresh, **SHORT)
     # A built one takes the state.
-    built = trained(wrap)
+    built = trained(wrap, make)
     fit(built.optimizer, built, **SHORT)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -368,23 +380,23 @@ def test_weights_of_a_trained_model_in_a_fresh_one(wrap, tmp_path):
     assert_same(built, model)
 
 
-@each_nesting
-def test_a_model_saved_before_training(wrap, tmp_path):
+@habits(NESTED)
+def test_a_model_saved_before_training(wrap, make, tmp_path):
     model, *_ = model_and_data()
-    model.compile(wrap(OPTIMIZERS["AdamW"]()), "mse")
+    model.compile(wrap(make()), "mse")
     model.save(tmp_path / "m.keras")
     with pytest.warns(UserWarning, match="Skipping variable loading for optimizer"):
         loaded = keras.saving.load_model(tmp_path / "m.keras")
     if wrap is not NESTED["LoRA"]:  # whose first factors are drawn
-        assert_same(fit(loaded.optimizer, loaded, **SHORT), trained(wrap), 1e-6)
+        assert_same(fit(loaded.optimizer, loaded, **SHORT), trained(wrap, make), 1e-6)
 
 
-@each_nesting
-def test_weights_of_a_model_trained_with_another_optimizer(wrap, tmp_path):
+@habits(NESTED)
+def test_weights_of_a_model_trained_with_another_optimizer(wrap, make, tmp_path):
     path = tmp_path / "m.weights.h5"
     plain = fit(keras.optimizers.Adam(LR), **SHORT)
     plain.save_weights(path)
-    model = trained(wrap)
+    model = trained(wrap, make)
     before = state_of(model)
     with pytest.warns(UserWarning, match="Skipping variable loading for optimizer"):
         model.load_weights(path)

@@ -150,7 +150,11 @@ def test_steps_equal_plain_keras(name, leaf, cycle, schedule):
 
 @pytest.mark.parametrize(
     ("cycle", "schedule", "jit"),
-    [(1, "rarely", "graph"), (2, "neither", "graph"), (3, "alternating", "xla")],
+    [
+        (2, "neither", "graph"),
+        pytest.param(1, "rarely", "graph", marks=pytest.mark.thorough),
+        pytest.param(3, "alternating", "xla", marks=pytest.mark.thorough),
+    ],
 )
 @pytest.mark.parametrize("name", ACCUMULATING)
 def test_compiled_steps_equal_one_eager_optimizer(name, cycle, schedule, jit):
@@ -261,7 +265,7 @@ FREEZABLE["accum galore"] = lambda k: optimizers.AccumOptimizer(
 
 
 @pytest.mark.skipif(BACKEND == "jax", reason="Keras refuses another set of variables on JAX")
-@pytest.mark.parametrize("cycle", [1, 2])
+@pytest.mark.parametrize("cycle", [pytest.param(1, marks=pytest.mark.thorough), 2])
 @pytest.mark.parametrize("name", FREEZABLE)
 def test_frozen_layers_stay(name, cycle, recwarn):
     model, x, y = head_model()

@@ -253,7 +253,7 @@ class AccumOptimizer(OptimizerWrapper):
             warnings.warn(
                 f"fit ended with {pending} of {self.accum_steps} micro-batches in the current "
                 f"cycle: they were {done[self.remainder]} (remainder={self.remainder!r}).",
-                stacklevel=2,
+                stacklevel=3,  # the caller of finalize_variable_values
             )
 
     def get_config(self) -> dict[str, Any]:

@@ -219,7 +219,7 @@ class MomentumAccumulation(BaseOptimizer):
             warnings.warn(
                 f"fit ended with {pending} of {self.accum_steps} micro-batches in the current "
                 "cycle: they stay in the moments, and the next fit goes on with the cycle.",
-                stacklevel=2,
+                stacklevel=3,  # the caller of finalize_variable_values
             )
 
     def get_config(self) -> dict[str, Any]:

@@ -168,10 +168,9 @@ def test_compiled_steps_equal_one_eager_optimizer(name, cycle, schedule, jit):
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ACCUMULATING)
+# A sync of Lookahead goes back towards older weights, also where there is no gradient.
+@pytest.mark.parametrize("name", [name for name in ACCUMULATING if name != "accum lookahead"])
 def test_no_gradient_in_the_cycle_keeps_weight_and_state(name):
-    if name == "accum lookahead":
-        pytest.skip("a sync goes back towards older weights, also for absent gradients")
     optimizer, weights = ACCUMULATING[name](2), variables()
     optimizer.build(weights)
     both, first = (step_of(optimizer, weights, heads, False) for heads in ("ab", "a"))

@@ -764,3 +764,33 @@ def test_factors_of_what_has_none():
     optimizer.build([kernel])
     with pytest.raises(ValueError, match="has no factors: RandomProjectionOptimizer"):
         optimizer.factors(kernel)
+
+
+# --- gradients that are absent, or zero
+
+
+@pytest.mark.parametrize("mode", ["lora", "additive"])
+def test_factors_that_move_without_a_gradient_move_the_weights(mode):
+    """The accumulation inside has a gradient of the step before."""
+    kernels = [single((6, 4), seed) for seed in (0, 1)]
+    starts = [numpy_of(kernel) for kernel in kernels]
+    optimizer = low_rank_optimizer(
+        AccumOptimizer(keras.optimizers.SGD(0.1), 2), 2, mode, seed=0
+    )
+    grad = ops.convert_to_tensor(rng(2).normal(size=(6, 4)).astype("float32"))
+    optimizer.apply([grad, grad], kernels)
+    optimizer.apply([grad, None], kernels)
+    for kernel, start in zip(kernels, starts, strict=True):
+        a, b = (numpy_of(factor) for factor in optimizer.factors(kernel))
+        low = a @ b if mode == "lora" else np.tile(a, (1, 2)) + np.tile(b, (3, 1))
+        assert np.abs(low).max() > 1e-3
+        np.testing.assert_allclose(numpy_of(kernel), start + low, atol=1e-6)
+
+
+def test_a_gradient_of_zeros_leaves_the_projector():
+    kernel = single((6, 4))
+    optimizer = low_rank_optimizer("sgd", 2, "galore", update_gap=1)
+    step(optimizer, kernel, rng(1).normal(size=(6, 4)))
+    before = numpy_of(optimizer.factors(kernel)[0])
+    step(optimizer, kernel, np.zeros((6, 4)))
+    np.testing.assert_array_equal(numpy_of(optimizer.factors(kernel)[0]), before)

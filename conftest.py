@@ -26,8 +26,9 @@ ROOT = Path(__file__).resolve().parent
 
 # Each imports its own backend, of which one is sure to be installed.
 collect_ignore = [
-    f"keras_ext/backend/{name}.py"
+    path.relative_to(ROOT).as_posix()
     for name in ("tensorflow", "jax", "torch")
+    for path in ROOT.glob(f"keras_ext/backend/{name}*.py")
     if name != keras.backend.backend()
 ]
 

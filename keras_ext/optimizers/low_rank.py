@@ -183,6 +183,8 @@ class LowRankOptimizer(OptimizerWrapper):
         # In a selection, as Keras would take variables in a list for the optimizer's state.
         self._excluded = (Selection("var_list", var_list), var_names)
         super().exclude_from_weight_decay(var_list, var_names)
+        if self.built:
+            self._exclude_coordinates()
 
     def _exclude_coordinates(self) -> None:
         selection, var_names = self._excluded

@@ -249,12 +249,16 @@ def model_step(optimizer, variables):
         v.assign(value)
 
 
-def test_a_matrix_excluded_from_decay_excludes_its_factors():
+@pytest.mark.parametrize("when", ["before build", "after build"])
+def test_a_matrix_excluded_from_decay_excludes_its_factors(when):
     kernel = keras.Variable(np.ones((3, 2), "float32"), name="kernel")
     other = keras.Variable(np.ones((3, 2), "float32"), name="other")
     optimizer = optimizers.LoRAOptimizer(keras.optimizers.SGD(0.5, weight_decay=0.5), 1, seed=0)
-    optimizer.exclude_from_weight_decay(var_list=[kernel])
-    optimizer.build([kernel, other])
+    for action in ("before build", "build", "after build"):
+        if action == "build":
+            optimizer.build([kernel, other])
+        elif action == when:
+            optimizer.exclude_from_weight_decay(var_list=[kernel])
     before = [ops.convert_to_numpy(optimizer.factors(v)[0]).copy() for v in (kernel, other)]
     optimizer.apply([ops.zeros((3, 2))] * 2, [kernel, other])
     after = [ops.convert_to_numpy(optimizer.factors(v)[0]) for v in (kernel, other)]

@@ -27,7 +27,7 @@ from reference import optimizers as numpy_optimizers
 from reference.problems import OUTPUTS, VOCABULARY, WIDTH, Regression
 
 from keras_ext.optimizers import AccumOptimizer
-from keras_ext.training import BatchWeightModel
+from keras_ext.training import with_objective
 
 LR, K, ROWS = 0.05, 4, 48
 EPSILON = 1e-12  # Keras and optax add it at different places: too small here to matter
@@ -36,7 +36,7 @@ OURS, BUILT_IN, OPTAX = "AccumOptimizer", "Keras built-in", "optax.MultiSteps"
 BERT4KERAS, LARGE_BATCH = "bert4keras*", "Keras, batch 16"
 
 
-def fit(problem, optimizer, batch_size=4, model_class=keras.Model, constraint=None):
+def fit(problem, optimizer, batch_size=4, constraint=None):
     """Final weights of the problem's Keras model."""
     if problem.embedding:
         inputs = keras.Input((problem.x.shape[1],), dtype="int32")
@@ -45,21 +45,19 @@ def fit(problem, optimizer, batch_size=4, model_class=keras.Model, constraint=No
     else:
         inputs = hidden = keras.Input((WIDTH,))
     dense = keras.layers.Dense(OUTPUTS, kernel_constraint=constraint)
-    model = model_class(inputs, dense(hidden))
-    own = [w for w in model.trainable_weights if w.name != "accum_batch_weight"]
-    for variable, value in zip(own, problem.weights, strict=True):
+    model = with_objective(keras.Model(inputs, dense(hidden)), [])
+    for variable, value in zip(model.trainable_weights, problem.weights, strict=True):
         variable.assign(value)
     model.compile(optimizer, loss="mse", run_eagerly=keras.backend.backend() == "tensorflow")
     model.fit(problem.x, problem.y, batch_size=batch_size, shuffle=False, verbose=0)
-    return [ops.convert_to_numpy(w) for w in own]
+    return [ops.convert_to_numpy(w) for w in model.trainable_weights]
 
 
 def keras_contestants(problem, make, **fit_arguments):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # unfinished cycles are one of the rows
-        weighted = {"model_class": BatchWeightModel} if problem.x.shape[0] % 4 else {}
         return {
-            OURS: fit(problem, AccumOptimizer(make(), K), **fit_arguments, **weighted),
+            OURS: fit(problem, AccumOptimizer(make(), K), **fit_arguments),
             BUILT_IN: fit(problem, make(gradient_accumulation_steps=K), **fit_arguments),
             LARGE_BATCH: fit(problem, make(), batch_size=16, **fit_arguments),
         }

@@ -30,8 +30,8 @@ from gan_scores import FID, draw, modes
 
 from keras_ext.losses.gan import GANQP, GANLoss, Hinge, NonSaturating, Relativistic, Wasserstein
 from keras_ext.optimizers import MultiplierOptimizer
+from keras_ext.training.critic_penalty import CriticPenalty
 from keras_ext.training.gan import SingleLossGAN
-from keras_ext.training.gradient_penalty import GradientPenalty
 
 
 class Run(NamedTuple):
@@ -135,7 +135,7 @@ def train(problem: Problem, name: str, way: str, arguments: argparse.Namespace) 
     keras.utils.set_random_seed(arguments.seed)
     run = RUNS[name]
     networks = problem.networks(run.critic)
-    penalty = GradientPenalty(problem.penalty) if run.penalised else None
+    penalty = CriticPenalty(problem.penalty) if run.penalised else None
 
     def adam(factor=1.0):
         return keras.optimizers.Adam(factor * problem.learning_rate, beta_1=0.5)

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from keras_ext.training.gradient_normalization import GradientNormalized
+from keras_ext.layers.gradient_normalization import GradientNormalized
 
 MODES, SPREAD = 8, 0.02
 

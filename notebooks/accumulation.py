@@ -17,7 +17,7 @@
 # 理应等于批大小为 $kb$ 的一次更新（[6794](https://kexue.fm/archives/6794)）。
 # 但这不只是“把梯度加起来”：学习率计划要按真正的更新次数推进；
 # 在 TensorFlow 上，Embedding 中重复 token 的梯度要先合并、再平方；
-# 小批次大小不等时要按样本数加权。`AccumOptimizer` 与 `BatchWeightModel` 做到了这几点，
+# 小批次大小不等时要按样本数加权。`AccumOptimizer` 与 `with_objective` 做到了这几点，
 # 与大批次只差舍入误差。对比学习则不然：小批次里负样本更少，
 # 累积得到的是另一个损失的梯度，补救办法是梯度缓存（[8471](https://kexue.fm/archives/8471)）。
 # 文中的数字都是当场算出来的，每一节的论断都有 `assert` 检验。
@@ -49,7 +49,7 @@ from keras.layers import Dense, Embedding, GlobalAveragePooling1D
 from keras.optimizers import SGD, Adam, AdamW, RMSprop
 
 from keras_ext.optimizers import AccumOptimizer
-from keras_ext.training import BatchWeightModel
+from keras_ext.training import with_objective
 
 tf.config.set_visible_devices([], "GPU")  # the models are tiny; GPUs may multiply in TF32
 GREY, BLACK, BLUE, RED, GREEN = "#BBBBBB", "#000000", "#0072B2", "#D55E00", "#009E73"
@@ -308,16 +308,16 @@ for name, error in errors.items():
 #
 # The last batch of an epoch is smaller; and a loss that is a mean over tokens has another
 # number of them in every batch. An optimizer in `fit` sees gradients only, so the model must
-# tell it what a batch weighs: `BatchWeightModel` does (for tokens, override `batch_weight`).
+# tell it what a batch weighs: `with_objective(model, [])` does (for tokens, by `batch_weight`).
 
 # %%
 sizes = [16, 16, 16, 4]  # every epoch is one cycle
 rows = sum(sizes)
 
 
-def fit(optimizer, batch_size, model_class=keras.Model):
+def fit(optimizer, batch_size, weighted=False):
     trained = network()
-    model = model_class(trained.inputs, trained.outputs)
+    model = with_objective(trained, []) if weighted else trained
     model.compile(optimizer, loss="mse")
     model.fit(x[:rows], y[:rows], batch_size=batch_size, epochs=20, shuffle=False, verbose=0)
     return trained
@@ -325,12 +325,12 @@ def fit(optimizer, batch_size, model_class=keras.Model):
 
 large = fit(SGD(0.1), rows)
 mean_of_means = fit(AccumOptimizer(SGD(0.1), K), MICRO)
-weighted = fit(AccumOptimizer(SGD(0.1), K), MICRO, BatchWeightModel)
+weighted = fit(AccumOptimizer(SGD(0.1), K), MICRO, weighted=True)
 
 print(f"An example of the last micro-batch counts {rows / (K * sizes[-1]):.2f} times.")
 print(f"Distance to batch {rows}:")
 print(f"  mean of means     {distance(mean_of_means, large):.1e}")
-print(f"  BatchWeightModel  {distance(weighted, large):.1e}")
+print(f"  with_objective    {distance(weighted, large):.1e}")
 assert distance(mean_of_means, large) > 1e-2
 assert distance(weighted, large) < 1e-5
 
@@ -460,7 +460,7 @@ print("  gradient caching", *(f"{part:8.0e}" for part in caching))
 # | if the loss is | the large batch is had by |
 # |---|---|
 # | a mean over examples, in micro-batches of one size | `AccumOptimizer(optimizer, k)` |
-# | the same, in sizes or token counts that differ | that and `BatchWeightModel` |
+# | the same, in sizes or token counts that differ | that and `with_objective(model, [])` |
 # | contrastive, with in-batch negatives | gradient caching, not accumulation |
 #
 # What depends on the micro-batch inside the model, dropout draws and the statistics of batch

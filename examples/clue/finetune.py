@@ -25,7 +25,7 @@ from keras_ext.optimizers import (
     RelativeAdafactor,
 )
 from keras_ext.text import BucketedBatches, choose_lengths, row_sizes
-from keras_ext.training import BatchWeightModel
+from keras_ext.training import with_objective
 
 OPTIMIZERS = {
     "adamw": keras.optimizers.AdamW,
@@ -95,8 +95,7 @@ def compiled_model(
 ) -> keras.Model:
     """The model as it is trained, in `batches` batches an epoch."""
     # Micro-batches weigh by their real rows: the last one of an epoch has fewer.
-    model_class = keras.Model if settings.accum == 1 else BatchWeightModel
-    model = model_class(inputs, outputs)
+    model = with_objective(keras.Model(inputs, outputs), [])
     model.compile(
         make_optimizer(settings, batches),
         jit_compile=jit_compile,

@@ -15,20 +15,18 @@ from data import TaskData
 from errors import UserError
 from settings import Settings
 
-from keras_ext.layers import TheseusModule
 from keras_ext.training import LinearReplacement, build_theseus_model, extract_successor
 
 START = 0.3  # the replacement rate of the first step
 
 
 def training_model(
-    trunk: keras.Model, head, data: TaskData, settings: Settings, teacher: Path, jit: bool
+    trunk: keras.Model, head, data: TaskData, settings: Settings, teacher: Path
 ) -> tuple[keras.Model, list, keras.KerasTensor]:
     """The encoder to train, and inputs and outputs of the head on it.
 
     Args:
         trunk: an encoder as the teacher's.
-        jit: whether XLA compiles the training.
 
     Raises:
         UserError: the teacher has an odd number of blocks.
@@ -39,9 +37,6 @@ def training_model(
         student = build_theseus_model(trunk)
     except ValueError as error:
         raise UserError(f"{teacher} cannot be compressed: {error}") from error
-    for layer in student.layers:
-        if isinstance(layer, TheseusModule):
-            layer.recompute = jit
     inputs, outputs = head.build_model(student, data, settings)
     for layer in _head(keras.Model(inputs, outputs), student):
         layer.set_weights(whole.get_layer(layer.name).get_weights())

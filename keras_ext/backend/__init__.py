@@ -11,6 +11,9 @@ tensors.
 hold another value afterwards. In a strategy the gradients are sums over the replicas already,
 but those marked in `whole` (one boolean per variable) belong to each replica.
 
+`call_recorded(fn)` returns what `fn()` returns, the variables that it assigned, and a snapshot
+of their values before it.
+
 `compile(fn, variables, jit_compile=True)` returns a program of `fn`, which reads the variables
 and may assign them. An assignment of another is an error on JAX.
 
@@ -19,6 +22,8 @@ program is traced or compiled, and of what lies on an accelerator, where a look 
 all that the accelerator still has to compute. It is for checks, which must not cost time.
 
 `densify(gradient)` returns a gradient as one tensor, the rows of repeated tokens summed.
+
+`forget_gradients(variables)` clears what PyTorch keeps of earlier steps: it adds to it.
 
 `generator_state()` returns where the random draws stand that are of no variable (those of
 torch's own generator, from which a Dropout without a seed draws), for `substitute`.
@@ -68,11 +73,13 @@ where it stood.
 
 `sync_variables(model)` lets variables be read and assigned between two training steps.
 
-`value_and_grad(fn, has_aux=False)(x, *args)` returns `(value, gradient)`: `fn(x, *args)` gives
+`value_and_grad(fn, has_aux=False, constant=False)(x, *args)` returns `(value, gradient)`: `fn(x, *args)` gives
 a scalar, and the gradient has the structure of x. With `has_aux`, `fn` returns a tuple that
 starts with the scalar, and `value` is this tuple. It works eagerly and compiled, also within a
 loss that is differentiated in turn (as often as one likes, and without a second evaluation of
-`fn`), and random seeds and moving averages that `fn` updates are updated once.
+`fn`), and random seeds and moving averages that `fn` updates are updated once. With `constant`
+no gradient flows through what it returns, which costs less on PyTorch; without, attention
+there leaves its fused kernel, which has no second derivative.
 
 `values_after(fn, variables, values)` returns the values that the variables would have after
 `fn()` if these were those before. Nothing changes. TensorFlow refuses it.
@@ -105,9 +112,11 @@ else:
 
 add_to = _backend.add_to
 apply_gradients = _backend.apply_gradients
+call_recorded = _backend.call_recorded
 compile = _backend.compile
 concrete = _backend.concrete
 densify = _backend.densify
+forget_gradients = _backend.forget_gradients
 generator_state = _backend.generator_state
 has_value = _backend.has_value
 map_chunks = _backend.map_chunks
@@ -129,9 +138,11 @@ wrap_array = _backend.wrap_array
 __all__ = [
     "add_to",
     "apply_gradients",
+    "call_recorded",
     "compile",
     "concrete",
     "densify",
+    "forget_gradients",
     "generator_state",
     "has_value",
     "map_chunks",

@@ -114,6 +114,15 @@ def snapshot(variables: Iterable[keras.Variable]) -> list[Any]:
     return [v.value for v in variables]  # arrays do not change
 
 
+def call_recorded(fn: Callable[[], Any]) -> tuple[Any, list[keras.Variable], list[Any]]:
+    """See `keras_ext.backend`."""
+    return scope.call_recorded(fn, snapshot)
+
+
+def forget_gradients(variables: Iterable[keras.Variable]) -> None:
+    """See `keras_ext.backend`."""
+
+
 def apply_gradients(
     optimizer: keras.Optimizer,
     grads: Sequence[Any],
@@ -163,7 +172,7 @@ def concrete(tensor: Any) -> Any:
     return np.asarray(tensor)
 
 
-def value_and_grad(fn: Callable, has_aux: bool = False) -> Callable:
+def value_and_grad(fn: Callable, has_aux: bool = False, constant: bool = False) -> Callable:
     """See `keras_ext.backend`."""
 
     def run(x: Any, *args: Any) -> Any:
@@ -177,7 +186,7 @@ def value_and_grad(fn: Callable, has_aux: bool = False) -> Callable:
             keras.tree.map_structure(keras.ops.convert_to_tensor, x)
         )
         pure.carry_out(*rest)
-        return out, grads
+        return jax.lax.stop_gradient((out, grads)) if constant else (out, grads)
 
     return run
 

@@ -142,6 +142,19 @@ def substitute(
         inside.assign_outside(discard)
 
 
+def call_recorded(
+    fn: Callable[[], Any], snapshot: Callable[[Iterable[keras.Variable]], list[Any]]
+) -> tuple[Any, list[keras.Variable], list[Any]]:
+    """See `keras_ext.backend`."""
+    with losses_kept(), RecordingScope() as inside:
+        out = fn()
+    variables = list(inside.assigned.values())
+    before = snapshot(variables)
+    inside.assign_outside()
+    inside.add_losses_outside()
+    return out, variables, before
+
+
 def values_after(
     fn: Callable[[], Any], variables: list[keras.Variable], values: list[Any]
 ) -> list[Any]:

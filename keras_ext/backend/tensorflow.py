@@ -71,6 +71,15 @@ def map_values(fn: Callable, gradient: Any) -> Any:
     return fn(gradient)
 
 
+def call_recorded(fn: Callable[[], Any]) -> tuple[Any, list[keras.Variable], list[Any]]:
+    """See `keras_ext.backend`."""
+    return scope.call_recorded(fn, snapshot)
+
+
+def forget_gradients(variables: Iterable[keras.Variable]) -> None:
+    """See `keras_ext.backend`."""
+
+
 def apply_gradients(
     optimizer: keras.Optimizer,
     grads: Sequence[Any],
@@ -149,7 +158,7 @@ def concrete(tensor: Any) -> Any:
     return tensor.numpy() if seen else None
 
 
-def value_and_grad(fn: Callable, has_aux: bool = False) -> Callable:
+def value_and_grad(fn: Callable, has_aux: bool = False, constant: bool = False) -> Callable:
     """See `keras_ext.backend`."""
 
     def run(x: Any, *args: Any) -> Any:
@@ -162,7 +171,8 @@ def value_and_grad(fn: Callable, has_aux: bool = False) -> Callable:
         flat = tape.gradient(
             value, keras.tree.flatten(x), unconnected_gradients=tf.UnconnectedGradients.ZERO
         )
-        return out, keras.tree.pack_sequence_as(x, [densify(g) for g in flat])
+        result = out, keras.tree.pack_sequence_as(x, [densify(g) for g in flat])
+        return keras.tree.map_structure(tf.stop_gradient, result) if constant else result
 
     return run
 

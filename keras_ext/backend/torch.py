@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import torch
 import torch.utils.checkpoint
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from keras_ext.backend import scope
 from keras_ext.backend.scope import values_after  # noqa: F401 # part of the seam
@@ -88,6 +89,17 @@ def snapshot(variables: Iterable[keras.Variable]) -> list[Any]:
     return [v.value.detach().clone() for v in variables]
 
 
+def call_recorded(fn: Callable[[], Any]) -> tuple[Any, list[keras.Variable], list[Any]]:
+    """See `keras_ext.backend`."""
+    return scope.call_recorded(fn, snapshot)
+
+
+def forget_gradients(variables: Iterable[keras.Variable]) -> None:
+    """See `keras_ext.backend`."""
+    for variable in variables:
+        variable.value.grad = None
+
+
 def apply_gradients(
     optimizer: keras.Optimizer,
     grads: Sequence[Any],
@@ -124,20 +136,22 @@ def concrete(tensor: Any) -> Any:
         return None
 
 
-def value_and_grad(fn: Callable, has_aux: bool = False) -> Callable:
+def value_and_grad(fn: Callable, has_aux: bool = False, constant: bool = False) -> Callable:
     """See `keras_ext.backend`."""
 
     def alias(
         tensor: Any,
     ) -> Any:  # the gradient is that of this use of x, also if `args` hold it
-        if tensor.requires_grad:
+        if tensor.requires_grad and not constant:
             return tensor.view_as(tensor)
         return tensor.detach().requires_grad_()
 
     def run(x: Any, *args: Any) -> Any:
         x = keras.tree.map_structure(keras.ops.convert_to_tensor, x)
-        differentiable = torch.is_grad_enabled()
-        with torch.enable_grad():
+        differentiable = torch.is_grad_enabled() and not constant
+        # The fused kernels of attention cannot be differentiated twice.
+        plain = sdpa_kernel(SDPBackend.MATH) if differentiable else contextlib.nullcontext()
+        with torch.enable_grad(), plain:
             x = keras.tree.map_structure(alias, x)
             out = fn(x, *args)
             value, flat = out[0] if has_aux else out, keras.tree.flatten(x)

@@ -24,6 +24,7 @@ from keras_ext.layers.global_pointer import (
     mask_spans,
     span_scores,
 )
+from keras_ext.layers.gradient_normalization import GradientNormalized
 from keras_ext.layers.gradient_stop import GradientReversal, gradient_only
 from keras_ext.layers.linear_chain import (
     crf_decode,
@@ -48,6 +49,7 @@ __all__ = [
     "GatedAttentionBlock",
     "GatedAttentionUnit",
     "GlobalPointer",
+    "GradientNormalized",
     "GradientReversal",
     "LinearAttention",
     "MultiHeadAttention",

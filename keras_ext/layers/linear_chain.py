@@ -17,9 +17,9 @@ that have left y,
 
     ρ_t[j] = log Σ exp(s(y'_1..t) - s(y_1..t))    over y'_1..t ≠ y_1..t that end in j
 
-so both value and gradient are exact to rounding however small they are. For j ≠ y_t what has
-not left before leaves now, log(1 + e^ρ) instead of ρ at y_{t-1}. Everything is in float32 at
-least.
+and they leave from y_{t-1} to all j but y_t. So value and gradient are exact to rounding,
+however small they are. ρ, and the 0 of y beside it, are kept relative to the sum over all paths
+so far. Everything is in float32 at least.
 
 Masks: positions that are not kept are left out as if they were not in the sequence, wherever
 they are: padding on either side, or the further pieces of a word whose first piece has its tag.
@@ -99,21 +99,20 @@ def crf_negative_log_likelihood(
     """
     emissions, transitions, kind = _standardize(emissions, transitions, start, end, mask)
     tags, valid = _path(tags, emissions, kind)
-    own = ops.equal(ops.expand_dims(tags, -1), ops.arange(emissions.shape[-1], dtype="int32"))
     before = _before(tags, kind)
-    moves = _moves(before, tags, transitions)
-    # Scores relative to those of the path, whose own are zero: not by rounding, and not to
-    # the gradient either.
-    steps = ops.sum(ops.where(own, emissions, 0), axis=-1) + ops.where(kind == LATER, moves, 0)
-    relative = emissions - ops.expand_dims(steps, -1)
-    at_path = ops.where(ops.expand_dims(kind, -1) == FIRST, NOTHING, ops.zeros_like(relative))
-    relative = ops.where(own, at_path, relative)
-    arriving = ops.take(ops.transpose(transitions), tags, axis=0) - ops.expand_dims(moves, -1)
-    stays = ops.equal(
-        ops.expand_dims(before, -1), ops.arange(emissions.shape[-1], dtype="int32")
-    )
-    arriving = ops.where(stays, 0, arriving)
-    rest = _others(relative, arriving, transitions, tags, before, kind)
+    numbers = ops.arange(emissions.shape[-1], dtype="int32")
+    own, last = (ops.equal(ops.expand_dims(x, -1), numbers) for x in (tags, before))
+    later = ops.expand_dims(kind, -1) == LATER
+    # Scores less those of the path. Its own are 0, not by rounding, and not to the gradient.
+    scores = ops.sum(ops.where(own, emissions, 0), axis=-1, keepdims=True)
+    moves = ops.expand_dims(_moves(before, tags, transitions), -1)
+    relative = ops.where(own, 0, emissions - scores - ops.where(later, moves, 0))
+    # Where a path may leave the given one: to all tags but its own.
+    leaving = ops.where(later, ops.take(transitions, before, axis=0), 0)
+    leaving = ops.where(own, NOTHING, leaving)
+    joining = ops.take(ops.transpose(transitions), tags, axis=0) - moves
+    joining = ops.where(last, 0, joining)
+    rest = _others(relative, leaving, joining, transitions, tags, kind)
     return nan_unless(valid, ops.softplus(rest))
 
 
@@ -282,90 +281,91 @@ def _backward(upstream: Any, alphas: Any, transitions: Any, kind: Any) -> tuple:
 
 
 def _others(
-    relative: Any, arriving: Any, transitions: Any, tags: Any, before: Any, kind: Any
+    relative: Any, leaving: Any, joining: Any, transitions: Any, tags: Any, kind: Any
 ) -> Any:
     """R (batch,), the sum over all paths but one relative to that one, with its gradient.
 
     Args:
-        relative: (batch, length, tags), scores of the emissions less those of the path and of
-            its transition. At the path nothing has left at its start, and 0 is to be added
-            later.
-        arriving: (batch, length, tags), scores of the transitions to the tag of the path, less
+        relative: (batch, length, tags), scores of the emissions less those of the path, its
+            transitions included; 0 for its own.
+        leaving: (batch, length, tags), scores of the transitions from the path to other tags.
+        joining: (batch, length, tags), scores of the transitions to the tag of the path less
             that of the path; 0 for its own.
         transitions: (tags, tags).
-        tags, before: int32 (batch, length), the path, and the tag before.
-        kind: what each position is.
+        tags, kind: int32 (batch, length), the path, and what each position is.
     """
     number = relative.shape[-1]
 
-    def unpack(x):  # of one step, as `pack` joins them
-        relative, arriving = x[:, :number], x[:, number : 2 * number]
-        # Within, for JAX refuses what a function to differentiate closes over.
-        numbers = ops.arange(number, dtype=x.dtype)
-        own, last = (ops.equal(x[:, i : i + 1], numbers) for i in (-3, -2))
-        return relative, arriving, own, last, x[:, -1:]
+    def is_own(x):  # within, for JAX refuses what a function to differentiate closes over
+        return ops.equal(x[:, -2:-1], ops.arange(number, dtype=x.dtype))[:, None]
 
-    def pack(relative, arriving, path):
-        return _swap(ops.concatenate([relative, arriving, path], axis=-1))
+    def paths(state, leaving, joining, own, transitions):
+        """Scores (batch, from, to), of the paths that have left, and of the path itself."""
+        rho, path = ops.expand_dims(state[:, :number], -1), state[:, number:]
+        left = rho + ops.where(own, ops.expand_dims(joining, -1), transitions)
+        return ops.concatenate([left, (leaving + path)[:, None]], axis=1)
 
-    def forward(relative, arriving, transitions, path):
-        def step(rho, x):
-            relative, arriving, own, last, here = unpack(x)
-            leaving = ops.where(last, ops.softplus(rho), rho)
-            left = ops.logsumexp(ops.expand_dims(leaving, -1) + transitions, axis=1)
-            back = ops.logsumexp(rho + arriving, axis=-1, keepdims=True)
-            later = ops.where(own, back, left + relative)
-            rho = ops.where(here == SKIPPED, rho, ops.where(here == LATER, later, relative))
-            return rho, rho
+    def pack(*arrays):
+        return _swap(ops.concatenate(arrays, axis=-1))
+
+    def forward(relative, leaving, joining, transitions, path):
+        def step(state, x):  # (batch, tags + 1): ρ, and 0 of the path, less their sum
+            relative, leaving, joining = ops.split(x[:, :-2], 3, axis=-1)
+            scores = paths(state, leaving, joining, is_own(x), transitions)
+            new = relative + ops.logsumexp(scores, axis=1)
+            new = ops.concatenate([new, state[:, number:]], axis=-1)
+            new = new - ops.logsumexp(new, axis=-1, keepdims=True)
+            state = ops.where(x[:, -1:] > SKIPPED, new, state)
+            return state, state
 
         nothing = ops.full_like(relative[:, 0], NOTHING)
-        return ops.scan(step, nothing, pack(relative, arriving, path))
+        start = ops.concatenate([nothing, ops.zeros_like(nothing[:, :1])], axis=-1)
+        _, states = ops.scan(step, start, pack(relative, leaving, joining, path))
+        return ops.concatenate([start[None], states])
 
-    def backward(upstream, rhos, relative, arriving, transitions, path):
-        nothing = ops.full_like(rhos[:1], NOTHING)
-        previous = ops.concatenate([nothing, rhos[:-1]])
-        steps = ops.concatenate([previous, pack(relative, arriving, path)], axis=-1)
-
+    def backward(upstream, states, relative, leaving, joining, transitions, path):
         def step(carry, x):
-            by_rho, _, total = carry  # (batch, tags) twice, (tags, tags)
-            rho = x[:, :number]
-            _, arriving, own, last, here = unpack(x[:, number:])
-            leaving = ops.where(last, ops.softplus(rho), rho)
-            shares = ops.softmax(ops.expand_dims(leaving, -1) + transitions, axis=1)
-            pairs = ops.where(own, 0, by_rho)[:, None] * shares  # (batch, from, to)
-            pairs = ops.where(here[..., None] == LATER, pairs, 0)
-            back = ops.sum(ops.where(own, by_rho, 0), axis=-1, keepdims=True)
-            back = ops.where(here == LATER, back * ops.softmax(rho + arriving, axis=-1), 0)
-            by_leaving = ops.sum(pairs, axis=-1)
-            by_leaving = ops.where(last, by_leaving * ops.sigmoid(rho), by_leaving)
-            before = ops.where(here == LATER, by_leaving + back, by_rho)
+            arriving, _, _, total = carry  # (batch, tags) three times, (tags, tags)
+            own, here = is_own(x), x[:, -1:] > SKIPPED
+            leaving, joining = ops.split(x[:, number + 1 : -2], 2, axis=-1)
+            scores = paths(x[:, : number + 1], leaving, joining, own, transitions)
+            pairs = arriving[:, None] * ops.softmax(scores, axis=1)  # (batch, from, to)
+            pairs = ops.where(here[..., None], pairs, 0)
+            left = pairs[:, :number]
+            joined = ops.sum(ops.where(own, left, 0), axis=-1)
+            by_transitions = ops.sum(ops.where(own, 0, left), axis=0)
+            before = ops.where(here, ops.sum(left, axis=-1), arriving)
             # Of the structure of the carry: TensorFlow's scan takes no other outputs.
-            outputs = by_rho, back, total
-            return (before, back, total + ops.sum(pairs, axis=0)), outputs
+            outputs = arriving, pairs[:, number], joined, total
+            return (before, *outputs[1:3], total + by_transitions), outputs
 
-        by_rho = upstream[:, None] * ops.softmax(rhos[-1], axis=-1)
-        carry = by_rho, ops.zeros_like(by_rho), ops.zeros_like(transitions)
-        (_, _, by_transitions), outputs = ops.scan(step, carry, steps, reverse=True)
-        by_relative, by_arriving = map(_swap, outputs[:2])
+        arriving = upstream[:, None] * ops.softmax(states[-1, :, :number], axis=-1)
+        zeros = ops.zeros_like(arriving)
+        carry = arriving, zeros, zeros, ops.zeros_like(transitions)
+        steps = ops.concatenate([states[:-1], pack(leaving, joining, path)], axis=-1)
+        (*_, by_transitions), outputs = ops.scan(step, carry, steps, reverse=True)
+        by_relative, by_leaving, by_joining = map(_swap, outputs[:3])
         by_relative = ops.where(path[..., -1:] > SKIPPED, by_relative, 0)
-        return by_relative, by_arriving, by_transitions, ops.zeros_like(path)
+        return by_relative, by_leaving, by_joining, by_transitions, ops.zeros_like(path)
 
     @ops.custom_gradient
-    def others(relative, arriving, transitions, path):
-        rho, rhos = forward(relative, arriving, transitions, path)
+    def others(relative, leaving, joining, transitions, path):
+        states = forward(relative, leaving, joining, transitions, path)
 
         def gradient(*args, upstream=None):
             if upstream is None:
-                return backward(*args, rhos, relative, arriving, transitions, path)
-            again = rhos  # PyTorch from here
+                known = (relative, leaving, joining, transitions, path)
+                return backward(*args, states, *known)
+            again = states  # PyTorch from here
             if (args[0] + 0).requires_grad:  # second derivatives: ρ, as a function of `args`
-                _, again = forward(*args)
+                again = forward(*args)
             return backward(upstream, again, *args)
 
-        return ops.logsumexp(rho, axis=-1), gradient
+        last = states[-1]
+        return ops.logsumexp(last[:, :number], axis=-1) - last[:, number], gradient
 
-    path = ops.cast(ops.stack([tags, before, kind], axis=-1), relative.dtype)
-    return others(relative, arriving, transitions, path)
+    path = ops.cast(ops.stack([tags, kind], axis=-1), relative.dtype)
+    return others(relative, leaving, joining, transitions, path)
 
 
 def _swap(x: Any) -> Any:

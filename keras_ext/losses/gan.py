@@ -13,7 +13,7 @@ A loss is a plain object with the two methods, so that one training loop or one 
 (`keras_ext.training.SingleLossGAN`) serves all of them. Scores are pairs by their place in the
 batch; E is the mean over the batch, computed in float32 (float64) at least.
 
-Wasserstein needs a Lipschitz discriminator: a `GradientPenalty`, `GradientNormalized`, or
+Wasserstein needs a Lipschitz discriminator: a `CriticPenalty`, `GradientNormalized`, or
 `keras.layers.SpectralNormalization` (not on torch: there Keras overwrites a kernel that the
 first of two calls still needs for its gradient). GANQP needs none: at the optimum |r - f| <=
 lambda d, so the pair's own distance bounds the slope. Its quadratic term is the

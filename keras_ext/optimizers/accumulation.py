@@ -74,9 +74,10 @@ class AccumOptimizer(OptimizerWrapper):
     the two runs see other examples; as long as nothing overflows they agree to rounding.
 
     Unequal micro-batches: in a step of your own pass `apply(grads, variables, weight=n)` or
-    `stateless_apply(..., weight=n)`; in `fit`, build the model with
-    `keras_ext.training.BatchWeightModel`. A cycle whose weights sum to zero has a zero
-    gradient.
+    `stateless_apply(..., weight=n)`; in `fit` let the model tell the weights,
+    `model = keras_ext.training.with_objective(model, [])`. Under a plain `keras.Model` all
+    micro-batches count the same, also the last of an epoch, which has fewer examples. A cycle
+    whose weights sum to zero has a zero gradient.
 
     Under `tf.distribute.MirroredStrategy` the gradients are summed over the replicas at every
     micro-batch, and clipping inside sees their sum (the weight of a micro-batch may differ

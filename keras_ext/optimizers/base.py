@@ -15,7 +15,7 @@ def carries_batch_weight(variable: Any) -> bool:
 
     On JAX an optimizer sees nothing of a batch but gradients. A model that wants to tell the
     weight of a batch owns a scalar with the attribute `carries_batch_weight = True`: see
-    `keras_ext.training.BatchWeightModel`.
+    `keras_ext.training.with_objective`.
     """
     return getattr(variable, "carries_batch_weight", False)
 

@@ -22,11 +22,15 @@ from keras_ext import backend
 from keras_ext.layers.gradient_stop import gradient_only
 from keras_ext.losses.gan import GANQP
 from keras_ext.numerics import cast_up
-from keras_ext.training.gan import NoiseModel, check_arguments, regularisation
+from keras_ext.training.adversarial_networks import (
+    AdversarialNetworks,
+    check_arguments,
+    regularisation,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
-class BiGANQP(NoiseModel):
+class BiGANQP(AdversarialNetworks):
     """A GAN with an encoder, `fit(images)`; `bigan(images)` are their codes.
 
         Delta = T(x, E(x)) - T(G(z), z), T with a quadratic potential

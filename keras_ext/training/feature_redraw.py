@@ -12,6 +12,7 @@ import keras
 
 from keras_ext import backend
 from keras_ext.layers.attention.favor import FavorAttention
+from keras_ext.layers.every import every_layer
 
 
 class RedrawFeatures(keras.callbacks.Callback):
@@ -39,8 +40,7 @@ class RedrawFeatures(keras.callbacks.Callback):
         self.since = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        every_layer = self.model._flatten_layers()  # private: nested ones have no public list
-        self.layers = [layer for layer in every_layer if isinstance(layer, FavorAttention)]
+        self.layers = [x for x in every_layer(self.model) if isinstance(x, FavorAttention)]
         if not self.layers:
             raise ValueError(f"{self.model.name} has no FavorAttention to redraw.")
 

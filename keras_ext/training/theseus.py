@@ -23,14 +23,15 @@ Source: Xu et al. 2020, arXiv 2002.02925; kexue.fm/archives/7575;
 github.com/JetRunner/BERT-of-Theseus.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import keras
 from keras import ops
 
+from keras_ext.layers.every import every_layer
 from keras_ext.layers.theseus import ReplacementRate, TheseusModule
 from keras_ext.models.rebuild import blocks_of, copy_layer, rebuild
+from keras_ext.training.objective_model import ObjectiveMixin
 
 
 def build_theseus_model(
@@ -115,12 +116,17 @@ def build_theseus_model(
     for layer in training_model.layers:
         if not isinstance(layer, TheseusModule):
             layer.trainable = False
-    return TheseusModel(training_model.input, training_model.output, name=model.name)
+    result = TheseusModel(training_model.input, training_model.output, name=model.name)
+    result.set_objectives([])
+    return result
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
-class TheseusModel(keras.Model):
-    """A functional model whose modules know before training whether XLA compiles them."""
+class TheseusModel(ObjectiveMixin, keras.Model):
+    """A functional model whose modules know before training whether XLA compiles them.
+
+    It takes part in `with_objective`, and carries the weights of micro-batches.
+    """
 
     def make_train_function(self, force: bool = False) -> Any:
         for layer in self.layers:
@@ -192,13 +198,16 @@ class ReplacementSchedule(keras.callbacks.Callback):
         raise NotImplementedError
 
     def on_train_begin(self, logs: Any = None) -> None:
-        layers = [x for x in _every_layer(self.model) if isinstance(x, ReplacementRate)]
+        layers = [x for x in every_layer(self.model) if isinstance(x, ReplacementRate)]
         if not layers:
             raise ValueError(
                 f"{type(self).__name__} needs a model with a ReplacementRate, got "
                 f"{self.model.name}. Fit the model of build_theseus_model."
             )
         self._variables = [layer.rate for layer in layers]
+        for layer in every_layer(self.model):
+            if isinstance(layer, TheseusModule):  # also in models built on a TheseusModel
+                layer.recompute = bool(self.model.jit_compile)
         self._settle(False)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -217,7 +226,7 @@ class ReplacementSchedule(keras.callbacks.Callback):
 
     def _settle(self, settled: bool) -> None:
         self._settled = settled
-        modules = [x for x in _every_layer(self.model) if isinstance(x, TheseusModule)]
+        modules = [x for x in every_layer(self.model) if isinstance(x, TheseusModule)]
         if any(module.settled != settled for module in modules):
             for module in modules:
                 module.settled = settled
@@ -284,11 +293,3 @@ class LinearReplacement(ReplacementSchedule):
 
     def rate_at(self, step: int) -> float:
         return min(1.0, self.slope * step + self.start)
-
-
-def _every_layer(model: keras.Model) -> Iterator[keras.layers.Layer]:
-    """The layers of a model, and those of models among them."""
-    for layer in model.layers:
-        yield layer
-        if isinstance(layer, keras.Model):
-            yield from _every_layer(layer)

@@ -11,8 +11,7 @@ from reference import optimizers as numpy_optimizers
 from reference.problems import OUTPUTS, VOCABULARY, WIDTH, Regression
 
 from keras_ext.optimizers import AccumOptimizer
-from keras_ext.optimizers.base import carries_batch_weight
-from keras_ext.training import BatchWeightModel
+from keras_ext.training import with_objective
 
 LR = 0.05
 BACKEND = keras.backend.backend()
@@ -33,7 +32,7 @@ OPTIMIZERS = {
 }
 
 
-def build(problem, model_class=keras.Model, dtype=None):
+def build(problem, dtype=None):
     """The Keras model of a Regression, starting at its weights."""
     if problem.embedding:
         inputs = keras.Input((problem.x.shape[1],), dtype="int32")
@@ -41,19 +40,14 @@ def build(problem, model_class=keras.Model, dtype=None):
         hidden = keras.layers.GlobalAveragePooling1D(dtype=dtype)(hidden)
     else:
         inputs = hidden = keras.Input((WIDTH,), dtype=dtype)
-    model = model_class(inputs, keras.layers.Dense(OUTPUTS, dtype=dtype)(hidden))
-    trained = [w for w in model.trainable_weights if not carries_batch_weight(w)]
-    for variable, value in zip(trained, problem.weights, strict=True):
+    model = keras.Model(inputs, keras.layers.Dense(OUTPUTS, dtype=dtype)(hidden))
+    for variable, value in zip(model.trainable_weights, problem.weights, strict=True):
         variable.assign(value)
     return model
 
 
 def weights_of(model):
-    return [
-        ops.convert_to_numpy(w).astype("float64")
-        for w in model.weights
-        if not carries_batch_weight(w)
-    ]
+    return [ops.convert_to_numpy(w).astype("float64") for w in model.weights]
 
 
 def fit(model, problem, optimizer, batch_size, epochs=1, **compile_args):
@@ -285,10 +279,10 @@ def test_stateless_apply_takes_a_weight():
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["sizes", "sample_weight"])
 @pytest.mark.parametrize("jit", [False, True])
-def test_batch_weight_model_in_fit(weighted, jit):
+def test_unequal_micro_batches_in_fit(weighted, jit):
     problem = Regression(embedding=True, rows=16)
     row_weights = np.arange(1.0, 17.0).astype("float32") if weighted else None
-    model = build(problem, BatchWeightModel)
+    model = with_objective(build(problem), [])
     # batches of 6, 6 and 4 rows; clipping shows that the carrier is not part of the norm
     optimizer = AccumOptimizer(keras.optimizers.Adam(LR, global_clipnorm=0.5), 3)
     loss = keras.losses.MeanSquaredError(
@@ -302,16 +296,10 @@ def test_batch_weight_model_in_fit(weighted, jit):
     grads = numpy_optimizers.clip_global(grads, 0.5)
     expected = numpy_optimizers.adam(LR)(problem.weights, grads, [{}, {}, {}], 1)
     assert distance(weights_of(model), expected) < 2e-6
-    assert ops.convert_to_numpy(model.carrier) == 0.0
-    assert not any("accum_batch_weight_" in v.path for v in optimizer.inner_optimizer.variables)
+    (carrier,) = set(model.trainable_variables) - set(model.weights)
+    assert ops.convert_to_numpy(carrier) == 0.0
+    assert not any("batch_weight_" in v.path for v in optimizer.inner_optimizer.variables)
     assert np.isfinite(history.history["loss"][0])
-
-
-def test_batch_weight_model_needs_an_accum_optimizer():
-    problem = Regression(embedding=False)
-    model = build(problem, BatchWeightModel)
-    with pytest.raises(ValueError, match="needs an AccumOptimizer, got optimizer='adam"):
-        fit(model, problem, keras.optimizers.Adam(), 8)
 
 
 # --- unfinished cycles

@@ -9,7 +9,7 @@ from reference import optimizers as numpy_optimizers
 from reference.problems import Regression
 
 from keras_ext.optimizers import AccumOptimizer, EMAOptimizer
-from keras_ext.training import BatchWeightModel
+from keras_ext.training import with_objective
 
 BACKEND = keras.backend.backend()
 tensorflow_only = pytest.mark.skipif(
@@ -113,7 +113,7 @@ def test_mirrored_strategy_inside_wrappers_with_batch_weights(mirrored, wrappers
         return optimizer
 
     with mirrored.scope():
-        model, optimizer = build(problem, BatchWeightModel), make()
+        model, optimizer = with_objective(build(problem), []), make()
     distributed = fit(model, problem, optimizer, 8, jit_compile=False)
     expected = problem.train(numpy_optimizers.sgd(LR), [slice(0, 20)])
     assert distance(distributed, expected) < 1e-6

@@ -20,7 +20,7 @@ from keras_ext.optimizers.clipping import (
     smooth_clip,
     unit_axes,
 )
-from keras_ext.training import BatchWeightModel
+from keras_ext.training import with_objective
 
 BACKEND = keras.backend.backend()
 JIT = BACKEND != "torch"
@@ -500,7 +500,7 @@ def test_the_weight_of_a_batch_is_no_gradient():
 
 
 @pytest.mark.parametrize("order", ["clip the mean", "clip the parts"])
-def test_batch_weight_model_in_fit(order):
+def test_unequal_micro_batches_in_fit(order):
     problem = Regression(embedding=True, rows=16)  # batches of 6, 6 and 4 rows
     sgd = keras.optimizers.SGD(1.0)
     optimizer = (
@@ -508,7 +508,7 @@ def test_batch_weight_model_in_fit(order):
         if order == "clip the mean"
         else ClipOptimizer(AccumOptimizer(sgd, 3), CLIP)
     )
-    actual = fit(build(problem, BatchWeightModel), problem, optimizer, 6, jit_compile=JIT)
+    actual = fit(with_objective(build(problem), []), problem, optimizer, 6, jit_compile=JIT)
     if order == "clip the mean":
         grads = clipping.hard(problem.gradients(problem.weights), CLIP)
     else:

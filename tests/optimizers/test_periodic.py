@@ -10,7 +10,7 @@ from reference.problems import Regression
 
 from keras_ext.optimizers import AccumOptimizer, ClipOptimizer, MultiplierOptimizer
 from keras_ext.optimizers.periodic import PeriodicOptimizer
-from keras_ext.training import BatchWeightModel
+from keras_ext.training import with_objective
 
 BACKEND = keras.backend.backend()
 MODES = ["eager", "xla"] if BACKEND != "torch" else ["eager"]
@@ -110,7 +110,7 @@ def test_a_layer_is_slow_and_wrappers_nest(problem):
 @pytest.mark.parametrize("sides", ["both accumulate", "slow", "fast"])
 def test_both_sides_weigh_the_batches(sides):
     problem = Regression(embedding=False, rows=16)  # batches of 6, 6 and 4 rows
-    model = build(problem, BatchWeightModel)
+    model = with_objective(build(problem), [])
 
     def side(accumulates):
         sgd = keras.optimizers.SGD(1.0)
@@ -139,12 +139,13 @@ def test_both_sides_weigh_the_batches(sides):
 
 @pytest.mark.skipif(BACKEND == "jax", reason="Keras refuses another set of variables on JAX")
 @pytest.mark.parametrize("frozen", ["trunk", "head"])
-@pytest.mark.parametrize("model_class", [keras.Model, BatchWeightModel])
-def test_a_side_of_which_all_is_frozen(frozen, model_class):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_side_of_which_all_is_frozen(frozen, weighted):
     inputs = keras.Input((3,))
     hidden = keras.layers.Dense(4, name="trunk")(inputs)
-    model = model_class(inputs, keras.layers.Dense(2, name="head")(hidden))
-    make = AccumOptimizer if model_class is BatchWeightModel else lambda o, k: o
+    model = keras.Model(inputs, keras.layers.Dense(2, name="head")(hidden))
+    model = with_objective(model, []) if weighted else model
+    make = AccumOptimizer if weighted else lambda o, k: o
     optimizer = PeriodicOptimizer(
         make(keras.optimizers.Adam(LR), 1), make(keras.optimizers.Adam(LR), 1), "head/", 2
     )

@@ -23,14 +23,13 @@ kexue.fm/archives/8757.
 """
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_ext import backend
-from keras_ext.numerics import cast_up
+from keras_ext.layers.every import every_layer
+from keras_ext.layers.slopes import refuse_batch_normalization, scores_and_slopes
 
 PIECEWISE_LINEAR = ("linear", "relu", "leaky_relu")
 
@@ -72,7 +71,7 @@ class GradientNormalized(keras.Model):
         if not epsilon > 0:
             raise ValueError(f"epsilon must be positive, got {epsilon}.")
         refuse_batch_normalization(critic, type(self).__name__)
-        for layer in sublayers(critic):
+        for layer in every_layer(critic):
             activation = getattr(layer, "activation", None)
             name = getattr(activation, "__name__", None) or type(activation).__name__
             if activation is not None and name not in PIECEWISE_LINEAR:
@@ -108,36 +107,3 @@ class GradientNormalized(keras.Model):
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
         critic = keras.saving.deserialize_keras_object(config["critic"], custom_objects)
         return cls(**config | {"critic": critic})
-
-
-def scores_and_slopes(critic: Any, inputs: Any, training: bool = False) -> tuple[Any, Any]:
-    """D(x) and ||dD/dx|| per example, both of the shape of D(x) and differentiable."""
-
-    def total(inputs):  # the sum: each score depends on its own example only
-        scores = critic(inputs, training=training)
-        return ops.sum(scores), scores
-
-    (_, scores), gradient = backend.value_and_grad(total, has_aux=True)(inputs)
-    squares = ops.square(cast_up(gradient))
-    # Inside the root: its gradient at 0 is infinite.
-    norms = ops.sqrt(ops.sum(squares, axis=tuple(range(1, len(squares.shape)))) + 1e-12)
-    return scores, ops.cast(ops.reshape(norms, ops.shape(scores)), scores.dtype)
-
-
-def refuse_batch_normalization(critic: Any, who: str) -> None:
-    """A score must depend on its own example only."""
-    for layer in sublayers(critic):
-        if isinstance(layer, keras.layers.BatchNormalization):
-            raise ValueError(
-                f"{who} needs the gradient of each score to its own example, but {layer.name} "
-                "normalises over the batch. Use LayerNormalization or GroupNormalization."
-            )
-
-
-def sublayers(network: Any) -> Iterator[keras.layers.Layer]:
-    """All layers in it, also of nested models and wrapped ones."""
-    wrapped = getattr(network, "layer", None)  # keras.layers.Wrapper
-    inner = getattr(network, "layers", []) if wrapped is None else [wrapped]
-    for layer in inner:
-        yield layer
-        yield from sublayers(layer)

@@ -8,9 +8,9 @@ from reference.gan import LOSSES, gradients, network, slopes
 from training.test_gan import NOISE, WIDTH, X, Z, mlp, moves, numpy_weights, run
 
 from keras_ext import backend
+from keras_ext.layers.gradient_normalization import GradientNormalized
+from keras_ext.training.critic_penalty import CriticPenalty
 from keras_ext.training.gan import SingleLossGAN
-from keras_ext.training.gradient_normalization import GradientNormalized
-from keras_ext.training.gradient_penalty import GradientPenalty
 
 BACKEND = keras.backend.backend()
 EPSILON = 0.1
@@ -102,7 +102,7 @@ def test_penalty_and_its_gradient(kind, monkeypatch):
 
     class Penalty(keras.Model):
         def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-            return GradientPenalty(kind=kind)(critic, x, ops.cast(fake, "float32"))
+            return CriticPenalty(kind=kind)(critic, x, ops.cast(fake, "float32"))
 
     history = run(Penalty(critic.input, critic.output)).history
     np.testing.assert_allclose(history["loss"], expected(weights), rtol=1e-5)
@@ -114,7 +114,7 @@ def test_penalty_and_its_gradient(kind, monkeypatch):
 
 def test_wgan_gp_in_fit():
     gan = SingleLossGAN(
-        mlp(NOISE, WIDTH), mlp(WIDTH, 1, norm=False), "wgan", GradientPenalty(), seed=0
+        mlp(NOISE, WIDTH), mlp(WIDTH, 1, norm=False), "wgan", CriticPenalty(), seed=0
     )
     mode = "xla" if BACKEND == "jax" else "eager"
     history = run(gan, keras.optimizers.Adam(0.01), mode).history
@@ -126,7 +126,7 @@ def test_config_round_trip(tmp_path):
     gan = SingleLossGAN(
         mlp(NOISE, WIDTH),
         GradientNormalized(mlp(WIDTH, 1, norm=False), "gran", 0.2),
-        penalty=GradientPenalty(2.0, "lp"),
+        penalty=CriticPenalty(2.0, "lp"),
     )
     gan.save(tmp_path / "gan.keras")
     loaded = keras.saving.load_model(tmp_path / "gan.keras")
@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_told():
     critic = mlp(WIDTH, 1)
     for call in (
         lambda: GradientNormalized(critic),
-        lambda: GradientPenalty()(keras.Sequential([critic]), X, X),
+        lambda: CriticPenalty()(keras.Sequential([critic]), X, X),
     ):
         with pytest.raises(ValueError, match=r"normalises over the batch. Use LayerNorm"):
             call()
@@ -151,8 +151,8 @@ def test_what_does_not_fit_is_told():
     for call, message in (
         (lambda: GradientNormalized(plain, "gm"), 'kind must be "gn" or "gran", got \'gm\''),
         (lambda: GradientNormalized(plain, epsilon=0), "epsilon must be positive, got 0"),
-        (lambda: GradientPenalty(0), "weight must be positive, got 0"),
-        (lambda: GradientPenalty(kind="r3"), "kind must be one of .* got 'r3'"),
+        (lambda: CriticPenalty(0), "weight must be positive, got 0"),
+        (lambda: CriticPenalty(kind="r3"), "kind must be one of .* got 'r3'"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

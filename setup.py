@@ -29,6 +29,7 @@ setup(
     extras_require={
         "tensorflow": ["tensorflow>=2.19"],
         "jax": ["jax"],
+        "torch": ["torch"],
         "nlp": nlp,
         "clue": clue,
         "pretraining": pretraining,

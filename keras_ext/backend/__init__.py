@@ -73,13 +73,13 @@ where it stood.
 
 `sync_variables(model)` lets variables be read and assigned between two training steps.
 
-`value_and_grad(fn, has_aux=False, constant=False)(x, *args)` returns `(value, gradient)`: `fn(x, *args)` gives
-a scalar, and the gradient has the structure of x. With `has_aux`, `fn` returns a tuple that
-starts with the scalar, and `value` is this tuple. It works eagerly and compiled, also within a
-loss that is differentiated in turn (as often as one likes, and without a second evaluation of
-`fn`), and random seeds and moving averages that `fn` updates are updated once. With `constant`
-no gradient flows through what it returns, which costs less on PyTorch; without, attention
-there leaves its fused kernel, which has no second derivative.
+`value_and_grad(fn, has_aux=False, constant=False)(x, *args)` returns `(value, gradient)`:
+`fn(x, *args)` gives a scalar, and the gradient has the structure of x. With `has_aux`, `fn`
+returns a tuple that starts with the scalar, and `value` is this tuple. It works eagerly and
+compiled, also within a loss that is differentiated in turn (as often as one likes, and without
+a second evaluation of `fn`), and random seeds and moving averages that `fn` updates are updated
+once. With `constant` no gradient flows through what it returns, which costs less on PyTorch;
+without, attention there leaves its fused kernel, which has no second derivative.
 
 `values_after(fn, variables, values)` returns the values that the variables would have after
 `fn()` if these were those before. Nothing changes. TensorFlow refuses it.

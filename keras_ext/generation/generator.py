@@ -23,8 +23,8 @@ from keras import ops
 from keras_ext import backend
 from keras_ext.generation.cached_model import CachedModel
 from keras_ext.generation.sampling import sample_tokens
+from keras_ext.numerics import LOG_ZERO
 
-IMPOSSIBLE = -1e30
 MULTIPLE = 32  # of prompt lengths and caches, so that few programs are compiled
 
 
@@ -253,7 +253,7 @@ class Generator:
                 for x in (logits, moving, fixed)
             )
             # At first the beams of a text are the same one.
-            first = [0.0] + [IMPOSSIBLE] * (search.num_beams - 1)
+            first = [0.0] + [LOG_ZERO] * (search.num_beams - 1)
             moving["scores"] = ops.convert_to_tensor(first * rows, "float32")
             moving["lengths"] = ops.zeros((rows * search.num_beams,), "int32")
         return {"moving": self._choose(search, logits, moving, fixed), "fixed": fixed}
@@ -290,7 +290,7 @@ class Generator:
         early = never.copy()
         early[self.ends] = True
         banned = ops.where(count < search.min_new_tokens, early, never)
-        logits = ops.where(banned, IMPOSSIBLE, logits)
+        logits = ops.where(banned, LOG_ZERO, logits)
         if search.num_beams > 1:
             moving, tokens = self._extend_beams(search, logits, moving)
             ended = moving["ended"]
@@ -318,7 +318,7 @@ class Generator:
         rows, size = logits.shape
         beams, ended = search.num_beams, moving["ended"]
         # An ended text goes on with one token only, at no cost.
-        stay = np.full(size, IMPOSSIBLE, "float32")
+        stay = np.full(size, LOG_ZERO, "float32")
         stay[0] = 0.0
         logs = ops.where(ended[:, None], stay, ops.cast(ops.log_softmax(logits), "float32"))
         scores = moving["scores"][:, None] + logs  # (batch * beams, vocabulary)

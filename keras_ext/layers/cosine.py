@@ -19,7 +19,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ext.numerics import at_least_float32
+from keras_ext.numerics import at_least_float32, guarded
 
 
 def cosine_scores(features: Any, kernel: Any, dtype: str | None = None) -> Any:
@@ -114,9 +114,7 @@ class CosineDense(keras.layers.Layer):
 
 def _inverse_norm(vectors: Any, axis: int) -> Any:
     """1 / |v|, and 0 for a zero vector, where the gradient is zero instead of infinite."""
-    squared = _squared_norm(vectors, axis)
-    positive = squared > 0
-    return ops.where(positive, ops.rsqrt(ops.where(positive, squared, 1)), 0)
+    return guarded(ops.rsqrt, _squared_norm(vectors, axis))
 
 
 def _squared_norm(vectors: Any, axis: int) -> Any:

@@ -38,7 +38,7 @@ from keras import ops
 
 from keras_ext.backend import value_and_grad
 from keras_ext.labels import check_shape, class_numbers, nan_unless
-from keras_ext.numerics import at_least_float32
+from keras_ext.numerics import LOG_ZERO, at_least_float32
 
 
 def crf_log_partition(
@@ -109,7 +109,7 @@ def crf_negative_log_likelihood(
     relative = ops.where(own, 0, emissions - scores - ops.where(later, moves, 0))
     # Where a path may leave the given one: to all tags but its own.
     leaving = ops.where(later, ops.take(transitions, before, axis=0), 0)
-    leaving = ops.where(own, NOTHING, leaving)
+    leaving = ops.where(own, LOG_ZERO, leaving)
     joining = ops.take(ops.transpose(transitions), tags, axis=0) - moves
     joining = ops.where(last, 0, joining)
     rest = _others(relative, leaving, joining, transitions, tags, kind)
@@ -162,8 +162,6 @@ def crf_marginals(
 
     return value_and_grad(total)(emissions)[1]
 
-
-NOTHING = -1e30  # log 0 that is finite: differences of it are no NaN
 
 # What a position is: left out, the first of its sequence, or one that follows another.
 SKIPPED, FIRST, LATER = 0, 1, 2
@@ -318,7 +316,7 @@ def _others(
             state = ops.where(x[:, -1:] > SKIPPED, new, state)
             return state, state
 
-        nothing = ops.full_like(relative[:, 0], NOTHING)
+        nothing = ops.full_like(relative[:, 0], LOG_ZERO)
         start = ops.concatenate([nothing, ops.zeros_like(nothing[:, :1])], axis=-1)
         _, states = ops.scan(step, start, pack(relative, leaving, joining, path))
         return ops.concatenate([start[None], states])

@@ -47,7 +47,7 @@ from keras_ext.losses.margins import (
     combined_target,
     simple_a_target,
 )
-from keras_ext.numerics import at_least_float32, cast_up
+from keras_ext.numerics import LOG_ZERO, at_least_float32, cast_up
 
 
 def margin_softmax_loss(
@@ -383,7 +383,7 @@ def _target_and_others(labels: Any, cosines: Any, scale: float) -> Any:
     @ops.custom_gradient
     def parts(cosines, labels):
         def others():  # finite: a single class has no others, and log 0 no gradient
-            return ops.where(ops.equal(labels, classes), -1e30, scale * cosines)
+            return ops.where(ops.equal(labels, classes), LOG_ZERO, scale * cosines)
 
         def gradient(*args, upstream=None):  # PyTorch alone gives it by name
             upstream = args[0] if upstream is None else upstream

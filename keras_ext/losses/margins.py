@@ -11,6 +11,8 @@ from typing import Any
 
 from keras import ops
 
+from keras_ext.numerics import guarded
+
 
 def am_target(cosine: Any, margin: float = 0.35) -> Any:
     """ψ = cos θ - m."""
@@ -55,9 +57,7 @@ def combined_target(cosine: Any, m1: float = 1.0, m2: float = 0.3, m3: float = 0
 
 def _sine(cosine: Any) -> Any:
     """sin θ, exact to rounding near θ = 0 too; its gradient is 0 where it would be infinite."""
-    squared = (1 - cosine) * (1 + cosine)
-    inside = squared > 0  # cosines may exceed one by rounding
-    return ops.where(inside, ops.sqrt(ops.where(inside, squared, 1)), 0)
+    return guarded(ops.sqrt, (1 - cosine) * (1 + cosine))  # cosines may exceed 1 by rounding
 
 
 def _fold(cosine: Any, folds: Any) -> Any:

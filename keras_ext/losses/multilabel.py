@@ -33,10 +33,9 @@ import keras
 from keras import ops
 
 from keras_ext.labels import check_shape, in_range, nan_unless
-from keras_ext.numerics import at_least_float32, cast_up
+from keras_ext.numerics import LOG_ZERO, at_least_float32, cast_up
 
 LOWEST = -1e4  # scores up to here are masked
-NOTHING = -1e30  # log 0 that is finite: no NaN when all are masked
 
 
 def multilabel_crossentropy(
@@ -74,8 +73,8 @@ def multilabel_crossentropy(
     is_pos, is_neg = labels > 0, labels < 1
     pos = ops.log(ops.where(is_pos, labels, 1)) - scores
     neg = ops.log1p(-ops.where(is_neg, labels, 0)) + scores
-    pos = ops.where(ops.logical_or(masked, ops.logical_not(is_pos)), NOTHING, pos)
-    neg = ops.where(ops.logical_or(masked, ops.logical_not(is_neg)), NOTHING, neg)
+    pos = ops.where(ops.logical_or(masked, ops.logical_not(is_pos)), LOG_ZERO, pos)
+    neg = ops.where(ops.logical_or(masked, ops.logical_not(is_neg)), LOG_ZERO, neg)
     return nan_unless(ops.all(inside, axis=-1), _join(neg, pos, threshold))
 
 
@@ -115,17 +114,19 @@ def sparse_multilabel_crossentropy(
     nan = ops.isnan(ops.cast(labels, scores.dtype))
     in_range("y_true", labels, "integers", ops.logical_or(whole, nan))
     whole = ops.all(whole, axis=-1 if class_axes == 1 else (-2, -1))
-    scores = ops.where(scores <= LOWEST, NOTHING, scores)
+    scores = ops.where(scores <= LOWEST, LOG_ZERO, scores)
     # A first column of nothing, to which padding points; with mask_zero in place of class 0.
     if mask_zero:
         scores = scores[..., 1:]
     else:
         numbers = numbers + 1
-    scores = ops.pad(scores, [(0, 0)] * (len(scores.shape) - 1) + [(1, 0)], "constant", NOTHING)
+    scores = ops.pad(
+        scores, [(0, 0)] * (len(scores.shape) - 1) + [(1, 0)], "constant", LOG_ZERO
+    )
     numbers = ops.maximum(numbers, 0)
     pos = ops.take_along_axis(scores, numbers, axis=-1)
     absent = ops.logical_or(pos <= LOWEST, _repeated(numbers))
-    pos = ops.where(absent, NOTHING, -pos)  # (..., max_labels)
+    pos = ops.where(absent, LOG_ZERO, -pos)  # (..., max_labels)
     losses = _join(_strike_out(scores, numbers), pos, threshold)
     return nan_unless(whole, losses)
 
@@ -282,7 +283,7 @@ def _strike_out(scores: Any, numbers: Any) -> Any:
     numbers = ops.reshape(numbers, (rows, ops.shape(numbers)[-1]))
     rows = ops.zeros_like(numbers) + ops.arange(rows)[:, None]
     places = ops.reshape(ops.stack([rows, numbers], axis=-1), (-1, 2))
-    nothing = ops.full_like(places[:, 0], NOTHING, dtype=scores.dtype)
+    nothing = ops.full_like(places[:, 0], LOG_ZERO, dtype=scores.dtype)
     return ops.reshape(ops.scatter_update(scores, places, nothing), shape)
 
 

@@ -37,7 +37,7 @@ import numpy as np
 from keras import ops
 
 from keras_ext import arguments, backend
-from keras_ext.numerics import at_least_float32
+from keras_ext.numerics import at_least_float32, rms
 from keras_ext.optimizers.base import is_overwritten, layout_of, variable_index
 from keras_ext.optimizers.schedules import InverseSquareRoot
 from keras_ext.optimizers.selection import Selectable, Selection
@@ -211,10 +211,6 @@ def factored_axes(shape: Sequence[int], min_size: int) -> tuple[int, int] | None
         return None
     *_, second, largest = sorted(range(len(shape)), key=lambda axis: shape[axis])
     return (second, largest) if shape[second] >= min_size else None
-
-
-def rms(x: Any) -> Any:
-    return ops.sqrt(ops.mean(ops.square(x)))
 
 
 def _as_one_tensor(gradient: Any) -> Any:

@@ -30,7 +30,7 @@ import keras
 from keras import ops
 
 from keras_ext import arguments
-from keras_ext.numerics import all_finite
+from keras_ext.numerics import all_finite, norm, scaled_norm
 from keras_ext.optimizers import nesting
 from keras_ext.optimizers.selection import Selectable, Selection
 from keras_ext.optimizers.wrapper import OptimizerWrapper
@@ -232,7 +232,7 @@ def scaled(grads: Sequence, factors: Iterable) -> list:
 def norms(grads: Sequence, scope: str) -> list:
     """The norm of all tensors together, or that of each: a list of one, or of one for each."""
     each = _norms(grads, [None] * len(grads))
-    return each if scope == "variable" or not each else [_scaled_norm(ops.stack(each))]
+    return each if scope == "variable" or not each else [scaled_norm(ops.stack(each))]
 
 
 def unit_norms(tensors: Sequence, variables: Sequence) -> list:
@@ -255,18 +255,9 @@ def _norms(tensors: Sequence, axes: Sequence) -> list:
     dtype = "float64" if "float64" in dtypes else "float32"
     tensors = [ops.cast(t, dtype) for t in tensors]
 
-    def root_of_sum(t: Any, axis: tuple[int, ...] | None) -> Any:
-        return ops.sqrt(ops.sum(ops.square(t), axis=axis, keepdims=axis is not None))
-
-    plain = [root_of_sum(t, axis) for t, axis in zip(tensors, axes, strict=True)]
+    plain = [norm(t, axis) for t, axis in zip(tensors, axes, strict=True)]
     return ops.cond(
         all_finite(plain),
         lambda: plain,
-        lambda: [_scaled_norm(t, axis) for t, axis in zip(tensors, axes, strict=True)],
+        lambda: [scaled_norm(t, axis) for t, axis in zip(tensors, axes, strict=True)],
     )
-
-
-def _scaled_norm(t: Any, axis: tuple[int, ...] | None = None) -> Any:
-    largest = ops.max(ops.abs(t), axis=axis, keepdims=axis is not None)
-    unit = ops.where(largest > 0, largest, ops.ones_like(largest))
-    return unit * ops.sqrt(ops.sum(ops.square(t / unit), axis=axis, keepdims=axis is not None))

@@ -26,6 +26,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ext.numerics import norm
 from keras_ext.optimizers import nesting
 from keras_ext.optimizers.multipliers import MultiplierOptimizer
 from keras_ext.optimizers.selection import Selectable, Selection
@@ -94,14 +95,10 @@ class LayerAdaptiveOptimizer(UpdateWrapper):
 
     def rewrite(self, index: int, old: Any, new: Any, grad: Any, before: Any) -> Any:
         step = new - old
-        weight_norm, step_norm = _norm(old), _norm(step)
+        weight_norm, step_norm = norm(old), norm(step)
         adapt = ops.logical_and(weight_norm > 0, step_norm > 0)
         ratio = ops.cast(before, old.dtype) * weight_norm / ops.where(adapt, step_norm, 1)
         return ops.where(adapt, old + ratio * step, new)
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"exclude": self.exclude.config()}
-
-
-def _norm(tensor: Any) -> Any:
-    return ops.sqrt(ops.sum(ops.square(tensor)))

@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from keras_ext import arguments
+from keras_ext.numerics import norm
 from keras_ext.optimizers.hidden_accumulation import Moment, MomentumAccumulation
 
 
@@ -226,10 +227,6 @@ class MomentumAccumLamb(MomentumAccumAdam):
         m, v = m / (1 - self.beta_1**count), v / (1 - self.beta_2**count)
         weight = self._decayed(index, weight, rate)
         update = m / (ops.sqrt(v) + self.epsilon)
-        size, length = _norm(weight), _norm(update)
+        size, length = norm(weight), norm(update)
         ratio = ops.where((size > 0) & (length > 0), size / length, 1.0)
         return weight - ratio * rate * update
-
-
-def _norm(x: Any) -> Any:
-    return ops.sqrt(ops.sum(x * x))

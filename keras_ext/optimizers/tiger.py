@@ -15,6 +15,7 @@ import keras
 from keras import ops
 
 from keras_ext import arguments, backend
+from keras_ext.numerics import rms
 from keras_ext.optimizers.hidden_accumulation import Moment, MomentumAccumulation
 
 
@@ -79,9 +80,9 @@ class Tiger(MomentumAccumulation):
         if len(variable.shape) < 2 or re.search("bias|beta|gamma|scale", variable.name):
             rate, decay = rate / 2, 0.0
         elif "embeddings" in variable.name:
-            rate = rate * _rms(weight, axis=-1)
+            rate = rate * rms(weight, axis=-1)
         else:
-            rate = rate * _rms(weight)
+            rate = rate * rms(weight)
         if not self.decays(variable):
             decay = 0.0
         return weight - rate * (ops.sign(self.momentums[index].value) + decay * weight)
@@ -108,7 +109,3 @@ class Tiger(MomentumAccumulation):
 
 def _where(keep: Any, grad: Any) -> Any:
     return backend.map_values(lambda g: ops.where(keep, g, ops.zeros_like(g)), grad)
-
-
-def _rms(x: Any, axis: int | None = None) -> Any:
-    return ops.sqrt(ops.mean(x * x, axis=axis, keepdims=True))

@@ -27,11 +27,16 @@ from keras_ext.numerics import cast_up
 
 # Gradients of a mean to float16 values may vanish unless the mean is scaled before. A power of
 # two: exact in every dtype.
-SCALE = 4096.0
+SCALE = 64.0
 
 
 class Batch(NamedTuple):
-    """What a loss function is given, in the structures of `fit`."""
+    """What a loss function is given, in the structures of `fit`.
+
+    Example:
+        >>> Batch(x=np.ones((2, 4)), y=np.ones(2)).sample_weight is None
+        True
+    """
 
     x: Any
     y: Any = None
@@ -43,8 +48,9 @@ Inner = Callable[..., tuple[Any, Any]]
 
 
 class Objective:
-    """Base of the training objectives. A subclass defines `loss`, and `get_config` if it has
-    arguments.
+    """Base of the training objectives.
+
+    A subclass defines `loss`, and `get_config` if it has arguments.
 
     Attributes:
         layers: names (or paths) of the layers whose outputs `loss` asks for.
@@ -52,6 +58,13 @@ class Objective:
         metrics: those that `loss` updates; `fit` reports them, `evaluate` does not.
 
     An objective holds no layer and no weight, so one object serves several models.
+
+    Example:
+        >>> class Twice(Objective):
+        ...     def loss(self, inner, step):
+        ...         (a, y_pred), (b, _) = inner(), inner()
+        ...         return (a + b) / 2, y_pred
+        >>> model = with_objective(model, [Twice()])
     """
 
     layers: tuple[str, ...] = ()
@@ -95,6 +108,16 @@ class Step:
 
     Attributes:
         model: the model.
+
+    Example:
+        >>> class Noisy(Objective):
+        ...     layers = ("token_embedding",)
+        ...     def loss(self, inner, step):
+        ...         loss, y_pred = inner()
+        ...         layer = step.layer("token_embedding")
+        ...         noise = [keras.random.normal(h.shape) for h in step.value(layer)]
+        ...         with step.shifted(layer, noise):
+        ...             return inner()[0], y_pred
     """
 
     def __init__(self, model: Any, layers: Sequence[keras.Layer]) -> None:

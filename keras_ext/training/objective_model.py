@@ -79,6 +79,11 @@ class ObjectiveMixin(Base):
         self.train_function = None
 
     def train_step(self, *args: Any, **kwargs: Any) -> Any:
+        if "objectives" not in self.__dict__:
+            raise ValueError(
+                f"{self.name} has no objectives yet (clone_model does not copy them). Call "
+                "set_objectives(objectives), a list, which may be empty."
+            )
         carriers = self._carriers
         if not carriers and self.batch_weight is not None:
             raise ValueError(
@@ -86,7 +91,7 @@ class ObjectiveMixin(Base):
                 f"{self.optimizer.name!r}. Leave batch_weight out."
             )
         backend.forget_gradients(carriers)
-        with Step(self, self.__dict__.get("_observed", ())).open():
+        with Step(self, self._observed).open():
             return super().train_step(*args, **kwargs)
 
     def plain_loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> Any:

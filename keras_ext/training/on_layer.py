@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_ext.arguments import choice
 from keras_ext.layers.every import find_layer
+from keras_ext.numerics import scaled_norm
 from keras_ext.training.objective import Objective, Step
 
 
@@ -49,15 +50,8 @@ class OnLayer(Objective):
 
 
 def to_length(structure: Any, length: float) -> Any:
-    """A vector of this Euclidean length, over all tensors of the structure. 0 stays 0.
-
-    It is divided by its largest element before it is squared, so that no square is too small
-    or too large for its dtype.
-    """
-    tensors = keras.tree.flatten(structure)
-    largest = ops.max(ops.stack([ops.max(ops.abs(t)) for t in tensors]))
-    nothing = ops.equal(largest, 0)
-    unit = ops.where(nothing, ops.ones_like(largest), largest)
-    squares = sum(ops.sum(ops.square(t / unit)) for t in tensors)
-    factor = length / ops.sqrt(ops.where(nothing, ops.ones_like(squares), squares))
-    return keras.tree.map_structure(lambda t: factor * (t / unit), structure)
+    """A vector of this Euclidean length, over all tensors of the structure. 0 stays 0."""
+    present = scaled_norm(ops.stack([scaled_norm(t) for t in keras.tree.flatten(structure)]))
+    nothing = ops.equal(present, 0)
+    present = ops.where(nothing, ops.ones_like(present), present)
+    return keras.tree.map_structure(lambda t: length * (t / present), structure)

@@ -17,6 +17,7 @@ Source: Liang et al. 2021, arXiv 2106.14448; kexue.fm/archives/8496.
 from typing import Any
 
 import keras
+from keras import ops
 
 from keras_ext.arguments import number
 from keras_ext.training.divergence import check_loss, check_predictions, mean_divergence
@@ -63,7 +64,7 @@ class RDrop(Objective):
             q, p, weights, self.from_logits
         )
         self.divergence.update_state(pairs / 2)
-        return (loss_p + loss_q) / 2 + self.alpha / 4 * pairs, p
+        return (loss_p + loss_q) / 2 + ops.cast(self.alpha / 4 * pairs, loss_p.dtype), p
 
     def get_config(self) -> dict[str, Any]:
         return {"alpha": self.alpha, "from_logits": self.from_logits}

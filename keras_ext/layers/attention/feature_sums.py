@@ -21,7 +21,7 @@ import numpy as np
 from keras import ops
 
 from keras_ext.layers.attention.projected import ProjectedAttention
-from keras_ext.numerics import at_least_float32
+from keras_ext.numerics import LOG_ZERO, at_least_float32
 
 # What is divided by. In float32 that leaves the gradients a factor of 1e11 until they overflow.
 SMALLEST = 1e-27
@@ -193,7 +193,7 @@ class FeatureAttention(ProjectedAttention):
         return {
             "sums": ops.zeros((*shape, self.value_dim), wide),
             "totals": ops.zeros((*shape, 1), wide),
-            "scale": ops.full((*shape[:2], 1, 1), -1e30, wide),
+            "scale": ops.full((*shape[:2], 1, 1), LOG_ZERO, wide),
         }
 
     def attend_step(
@@ -232,6 +232,6 @@ def without_overflow(
     """
     counting = logits
     if mask is not None:
-        counting = ops.where(ops.cast(mask, "bool")[:, :, None, None], logits, -1e30)
+        counting = ops.where(ops.cast(mask, "bool")[:, :, None, None], logits, LOG_ZERO)
     largest = ops.stop_gradient(ops.max(counting, axis=axis, keepdims=True))
     return ops.exp(ops.minimum(logits - largest, 0.0)), largest

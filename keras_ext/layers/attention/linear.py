@@ -26,6 +26,7 @@ import keras
 from keras import ops
 
 from keras_ext.layers.attention.feature_sums import FeatureAttention, without_overflow
+from keras_ext.numerics import direction
 
 FEATURE_MAPS = ("elu", "exp", "softmax", "taylor")
 
@@ -143,6 +144,4 @@ def _elu_plus_one(x: Any) -> Any:
 
 
 def _one_and_direction(x: Any) -> Any:
-    square = ops.sum(ops.square(x), -1, keepdims=True)
-    direction = x * ops.rsqrt(ops.maximum(square, 1e-24))
-    return ops.concatenate([ops.ones_like(square), direction], -1)
+    return ops.concatenate([ops.ones_like(x[..., :1]), direction(x)], -1)

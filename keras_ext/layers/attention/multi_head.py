@@ -34,9 +34,7 @@ from keras_ext.layers.attention.positions import Position
 from keras_ext.layers.attention.projected import ProjectedAttention
 from keras_ext.layers.attention.windows import WindowBlocks
 from keras_ext.layers.transformer import serialize_unbuilt
-from keras_ext.numerics import cast_up
-
-MASKED = -1e30  # finite: -inf would make a fully masked row NaN
+from keras_ext.numerics import LOG_ZERO, cast_up, direction
 
 
 def dot_product_attention(
@@ -91,7 +89,7 @@ def dot_product_attention(
         if bias is not None:
             scores = scores + ops.cast(bias, scores.dtype)
         if causal or mask is not None:
-            scores = ops.where(order if mask is None else mask, scores, MASKED)
+            scores = ops.where(order if mask is None else mask, scores, LOG_ZERO)
         weights = ops.cast(ops.softmax(scores), value.dtype)  # (batch, heads, targets, sources)
         if dropout is not None:
             weights = dropout(weights)
@@ -283,8 +281,8 @@ class MultiHeadAttention(ProjectedAttention):
 
     def _normalise(self, query: Any, key: Any) -> tuple[Any, Any]:
         return (
-            _unit(query) if self.query_norm else query,
-            _unit(key) if self.key_norm else key,
+            _direction(query) if self.query_norm else query,
+            _direction(key) if self.key_norm else key,
         )
 
     def _dot_product(
@@ -378,11 +376,8 @@ class MultiHeadAttention(ProjectedAttention):
         return cls(**{**config, "position": position})
 
 
-def _unit(x: Any) -> Any:
-    """Vectors of length 1 (of 0 where they are 0), by float32 at least."""
-    wide = cast_up(x)
-    square = ops.sum(ops.square(wide), -1, keepdims=True)
-    return ops.cast(wide * ops.rsqrt(ops.maximum(square, 1e-24)), x.dtype)
+def _direction(x: Any) -> Any:
+    return ops.cast(direction(cast_up(x)), x.dtype)
 
 
 def _of_rank_4(pattern: Any) -> Any:

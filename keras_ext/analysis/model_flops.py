@@ -17,8 +17,6 @@ from keras_ext import backend
 def model_flops(model: keras.Model, batch_size: int, length: int | None = None) -> int:
     """FLOPs of one forward pass in inference; a training step takes about three times as many.
 
-    Runs on TensorFlow and JAX. PyTorch counts by itself: `torch.utils.flop_counter`.
-
     Args:
         model: any model with inputs of known shape.
         batch_size: for the first axis of all inputs.
@@ -26,7 +24,6 @@ def model_flops(model: keras.Model, batch_size: int, length: int | None = None) 
 
     Raises:
         ValueError: an axis is of unknown size and `length` is None.
-        NotImplementedError: on PyTorch.
 
     Example:
         >>> inputs = keras.Input((4,))

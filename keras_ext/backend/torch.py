@@ -2,13 +2,15 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import keras
 import numpy as np
 import torch
 import torch.utils.checkpoint
+from torch._subclasses import FakeTensorMode  # private, as there is no public name
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from keras_ext.backend import scope
 from keras_ext.backend.scope import values_after  # noqa: F401 # part of the seam
@@ -212,10 +214,13 @@ def map_chunks(fn: Callable, xs: Any) -> Any:
     return keras.tree.map_structure(lambda *parts: torch.stack(parts), *ys)
 
 
-def product_flops(fn: Callable, specs: Iterable[tuple[tuple, str]]) -> NoReturn:
-    raise NotImplementedError(
-        "FLOPs are counted on TensorFlow and JAX; PyTorch has torch.utils.flop_counter."
-    )
+@torch.no_grad()
+def product_flops(fn: Callable, specs: Iterable[tuple[tuple, str]]) -> int:
+    """See `keras_ext.backend`. The fused kernels of attention are not counted on a CPU."""
+    counter = FlopCounterMode(display=False)
+    with FakeTensorMode(allow_non_fake_inputs=True), counter, sdpa_kernel(SDPBackend.MATH):
+        fn(*[keras.ops.zeros(shape, dtype) for shape, dtype in specs])
+    return counter.get_total_flops()
 
 
 def compile(

@@ -47,7 +47,8 @@ class CriticPenalty:
     Example:
         >>> penalty = CriticPenalty(kind="r1")
         >>> (kernel, bias) = model.get_weights()
-        >>> bool(np.isclose(float(penalty(model, x, x)), 5 * (kernel**2).sum()))
+        >>> value = keras.ops.convert_to_numpy(penalty(model, x, x))
+        >>> bool(np.isclose(value, 5 * (kernel**2).sum()))
         True
 
     Reference: Gulrajani et al. 2017, arXiv 1704.00028.

@@ -50,8 +50,8 @@ def mean_divergence(p: Any, q: Any, sample_weight: Any, from_logits: bool) -> An
     return loss * backend.num_replicas()  # Keras has divided by them
 
 
-def check_predictions(who: str, model: keras.Model) -> None:
-    """Refuse models whose predictions are no distributions over the last axis."""
+def check_predictions(who: str, model: keras.Model, from_logits: bool) -> None:
+    """Refuse predictions that are no distributions over the last axis, and another loss."""
     outputs = keras.tree.flatten(getattr(model, "outputs", None) or [])
     if len(outputs) > 1:
         raise ValueError(f"{who} needs a model of one output, got {[o.name for o in outputs]}.")
@@ -60,11 +60,7 @@ def check_predictions(who: str, model: keras.Model) -> None:
             f"{who} needs probabilities of all classes on the last axis, got outputs of the "
             f"shape {tuple(outputs[0].shape)}. Use two classes in place of a sigmoid."
         )
-
-
-def check_loss(who: str, model: keras.Model, from_logits: bool) -> None:
-    """Refuse a loss that was told otherwise."""
-    told = getattr(model.loss, "from_logits", from_logits)
+    told = getattr(getattr(model, "loss", None), "from_logits", from_logits)
     if told != from_logits:
         raise ValueError(
             f"{who} has from_logits={from_logits}, but the loss of compile has "

@@ -72,7 +72,10 @@ class Objective:
     metrics: tuple[keras.metrics.Metric, ...] = ()
 
     def check(self, model: keras.Model) -> None:
-        """Raise a ValueError if the model is not one for this objective."""
+        """Raise a ValueError if the model is not one for this objective.
+
+        It is called before there is a loss, and again when `fit` begins.
+        """
 
     def loss(self, inner: Inner, step: "Step") -> tuple[Any, Any]:
         """The loss, a scalar, and the predictions for the objective outside.

@@ -78,19 +78,24 @@ class ObjectiveMixin(Base):
         self._objective_metrics = [m for o in objectives for m in o.metrics]
         self.train_function = None
 
-    def train_step(self, *args: Any, **kwargs: Any) -> Any:
+    def make_train_function(self, force: bool = False) -> Any:
+        # Here, for on JAX an error within a step leaves a model without weights.
         if "objectives" not in self.__dict__:
             raise ValueError(
                 f"{self.name} has no objectives yet (clone_model does not copy them). Call "
                 "set_objectives(objectives), a list, which may be empty."
             )
-        carriers = self._carriers
-        if not carriers and self.batch_weight is not None:
+        if self.batch_weight is not None and not self._carriers:
             raise ValueError(
                 "batch_weight is for an AccumOptimizer, got optimizer="
                 f"{self.optimizer.name!r}. Leave batch_weight out."
             )
-        backend.forget_gradients(carriers)
+        for objective in self.objectives:
+            objective.check(self)
+        return super().make_train_function(force)
+
+    def train_step(self, *args: Any, **kwargs: Any) -> Any:
+        backend.forget_gradients(self._carriers)
         with Step(self, self._observed).open():
             return super().train_step(*args, **kwargs)
 

@@ -20,7 +20,7 @@ import keras
 from keras import ops
 
 from keras_ext.arguments import number
-from keras_ext.training.divergence import check_loss, check_predictions, mean_divergence
+from keras_ext.training.divergence import check_predictions, mean_divergence
 from keras_ext.training.objective import Inner, Objective, Step
 
 
@@ -54,10 +54,9 @@ class RDrop(Objective):
         self.metrics = (self.divergence,)
 
     def check(self, model: keras.Model) -> None:
-        check_predictions("RDrop", model)
+        check_predictions("RDrop", model, self.from_logits)
 
     def loss(self, inner: Inner, step: Step) -> tuple[Any, Any]:
-        check_loss("RDrop", step.model, self.from_logits)
         (loss_p, p), (loss_q, q) = inner(), inner()
         weights = step.batch.sample_weight
         pairs = mean_divergence(p, q, weights, self.from_logits) + mean_divergence(

@@ -23,7 +23,7 @@ from keras import ops
 from keras_ext import backend
 from keras_ext.arguments import number
 from keras_ext.numerics import at_least_float32
-from keras_ext.training.divergence import check_loss, check_predictions, mean_divergence
+from keras_ext.training.divergence import check_predictions, mean_divergence
 from keras_ext.training.objective import SCALE, Inner, Step
 from keras_ext.training.on_layer import OnLayer, to_length
 
@@ -75,10 +75,9 @@ class VAT(OnLayer):
 
     def check(self, model: keras.Model) -> None:
         super().check(model)
-        check_predictions("VAT", model)
+        check_predictions("VAT", model, self.from_logits)
 
     def loss(self, inner: Inner, step: Step) -> tuple[Any, Any]:
-        check_loss("VAT", step.model, self.from_logits)
         loss, y_pred = inner()
         target, clean = self.target(step), ops.stop_gradient(y_pred)
 

@@ -5,7 +5,7 @@ import contextlib
 import keras
 import numpy as np
 import pytest
-from training.test_objectives import X, Y, flat, uncoupled
+from training.test_objective_steps import X, Y, flat, uncoupled
 
 from keras_ext.optimizers import AccumOptimizer
 from keras_ext.training import FGM, RDrop, with_objective

@@ -142,7 +142,7 @@ def substitute(
         inside.assign_outside(discard)
 
 
-def call_recorded(
+def recorded_call(
     fn: Callable[[], Any], snapshot: Callable[[Iterable[keras.Variable]], list[Any]]
 ) -> tuple[Any, list[keras.Variable], list[Any]]:
     """See `keras_ext.backend`."""

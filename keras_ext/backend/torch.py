@@ -93,7 +93,7 @@ def snapshot(variables: Iterable[keras.Variable]) -> list[Any]:
 
 def call_recorded(fn: Callable[[], Any]) -> tuple[Any, list[keras.Variable], list[Any]]:
     """See `keras_ext.backend`."""
-    return scope.call_recorded(fn, snapshot)
+    return scope.recorded_call(fn, snapshot)
 
 
 def forget_gradients(variables: Iterable[keras.Variable]) -> None:

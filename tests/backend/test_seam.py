@@ -110,11 +110,36 @@ def test_product_flops():
     def fn(x):
         return ops.matmul(x, ops.transpose(x))
 
+    assert backend.product_flops(fn, [((3, 5), "float32")]) == 2 * 3 * 5 * 3
+
+
+def test_a_recorded_call_tells_what_was_before():
+    a, b, c = variable(1.0), variable(2.0), variable(3.0)
+
+    def fn():
+        a.assign(a + 10)
+        a.assign(a * c)
+        b.assign(a + b)
+        return b + 0
+
+    result, variables, before = backend.call_recorded(fn)
+    assert {id(v) for v in variables} == {id(a), id(b)}
+    known = dict(zip(map(id, variables), map(float, map(array, before)), strict=True))
+    assert known == {id(a): 1.0, id(b): 2.0}
+    assert [float(array(v)) for v in (result, a, b, c)] == [35.0, 33.0, 35.0, 3.0]
+
+
+def test_gradients_of_earlier_steps_are_forgotten():
+    kept, forgotten = variable([1.0]), variable([1.0])
     if BACKEND == "torch":
-        with pytest.raises(NotImplementedError, match="flop_counter"):
-            backend.product_flops(fn, [((3, 5), "float32")])
-    else:
-        assert backend.product_flops(fn, [((3, 5), "float32")]) == 2 * 3 * 5 * 3
+        for _ in range(2):
+            (2 * kept.value + 3 * forgotten.value).sum().backward()
+            backend.forget_gradients([forgotten])
+        assert forgotten.value.grad is None
+        assert array(kept.value.grad) == 4
+    else:  # they keep none
+        backend.forget_gradients([forgotten])
+        assert array(forgotten) == 1
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])

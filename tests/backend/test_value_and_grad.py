@@ -47,6 +47,52 @@ def test_gradient_of_one_use_only():
     np.testing.assert_allclose(ops.convert_to_numpy(gradient), 2 * X)
 
 
+def test_no_gradient_flows_through_a_constant():
+    def outer(x):
+        value, gradient = backend.value_and_grad(lambda x: ops.sum(x**3), constant=True)(x)
+        return ops.sum(gradient * x) + value
+
+    value, gradient = backend.value_and_grad(outer)(tensor(X))
+    np.testing.assert_allclose(ops.convert_to_numpy(value), np.sum(4 * X**3))
+    np.testing.assert_allclose(ops.convert_to_numpy(gradient), 3 * X**2)
+
+
+def softmax(s):
+    s = np.exp(s - s.max(-1, keepdims=True))
+    return s / s.sum(-1, keepdims=True)
+
+
+def test_second_derivative_through_attention():
+    """Of the fused kernel of PyTorch there is none, so attention leaves it."""
+    x = np.random.default_rng(0).normal(size=(1, 3, 1, 2)).astype("float32")
+
+    def loss(x):
+        return ops.sum(ops.dot_product_attention(x, x, x) ** 2)
+
+    def slope(x):
+        return ops.sum(backend.value_and_grad(loss)(x)[1] ** 2)
+
+    value, gradient = backend.value_and_grad(slope)(tensor(x))
+
+    def by_hand(x):  # the squared slope, by central differences
+        def loss(x):
+            y = x[0, :, 0]
+            return ((softmax(y @ y.T / np.sqrt(2)) @ y) ** 2).sum()
+
+        return sum(derivative(loss, x, place) ** 2 for place in np.ndindex(x.shape))
+
+    wide = x.astype("float64")
+    np.testing.assert_allclose(ops.convert_to_numpy(value), by_hand(wide), rtol=1e-5)
+    expected = [derivative(by_hand, wide, place, 1e-4) for place in np.ndindex(x.shape)]
+    np.testing.assert_allclose(ops.convert_to_numpy(gradient).ravel(), expected, rtol=1e-4)
+
+
+def derivative(fn, x, place, step=1e-5):
+    shift = np.zeros_like(x)
+    shift[place] = step
+    return (fn(x + shift) - fn(x - shift)) / (2 * step)
+
+
 class SlopePenalised(keras.Model):
     """Adds the squared slope of a network with state to its mean squared error."""
 

@@ -9,6 +9,9 @@ import pytest
 from keras import ops
 
 from keras_ext import layers
+from keras_ext.layers.theseus import ReplacementRate
+from keras_ext.models.bert import PrefixMask
+from keras_ext.models.tta import OtherTokens
 
 JIT = keras.backend.backend() != "torch"  # there it means torch.compile, which needs minutes
 
@@ -101,6 +104,12 @@ ROWS = [
     Row("TransformerBlock", block, (HIDDEN,)),
     Row("WithMask", layers.WithMask, (HIDDEN,)),
 ]
+# What models are built with besides: they give masks and rates, no hidden states.
+HELPERS = [
+    Row("OtherTokens", OtherTokens, (HIDDEN,)),
+    Row("PrefixMask", PrefixMask, (SEGMENTS,)),
+    Row("ReplacementRate", ReplacementRate, (HIDDEN,)),
+]
 # The others give one output for each pair of tokens, or a mask of their own.
 OF_TOKENS = [row for row in ROWS if not row.name.endswith(("GlobalPointer", "WithMask"))]
 
@@ -111,42 +120,48 @@ def row(request: pytest.FixtureRequest) -> Row:
     return request.param
 
 
+@pytest.fixture(params=ROWS + HELPERS, ids=[row.name for row in ROWS + HELPERS])
+def any_row(request: pytest.FixtureRequest) -> Row:
+    keras.utils.set_random_seed(0)
+    return request.param
+
+
 def run(model: keras.Model, inputs: tuple[np.ndarray, ...]) -> np.ndarray:
     return ops.convert_to_numpy(model(list(inputs)))
 
 
 def test_every_public_layer_has_a_row():
     public = [getattr(layers, name) for name in layers.__all__]
-    # Positions are parts of a MultiHeadAttention, and in its tests.
-    parts = (layers.RotaryPosition, layers.RelativePosition, layers.T5Bias)
+    # Positions are parts of a MultiHeadAttention, and in its tests; models in test_networks.
+    parts = (layers.RotaryPosition, layers.RelativePosition, layers.T5Bias, keras.Model)
     classes = {c.__name__ for c in public if isinstance(c, type) and not issubclass(c, parts)}
     assert classes == {row.name for row in ROWS}
 
 
-def test_config_round_trip(row):
-    layer = row.make(name="layer")
-    layer(*row.inputs)
+def test_config_round_trip(any_row):
+    layer = any_row.make(name="layer")
+    layer(*any_row.inputs)
     config = keras.saving.serialize_keras_object(layer)
-    assert config["registered_name"] == f"keras_ext>{row.name}"
+    assert config["registered_name"] == f"keras_ext>{any_row.name}"
     copy = keras.saving.deserialize_keras_object(config)
-    copy(*row.inputs)
+    copy(*any_row.inputs)
     assert copy.get_config() == layer.get_config()
     assert [w.path for w in copy.weights] == [w.path for w in layer.weights]
     copy.set_weights(layer.get_weights())
-    expected = ops.convert_to_numpy(layer(*row.inputs))
-    np.testing.assert_array_equal(ops.convert_to_numpy(copy(*row.inputs)), expected)
+    expected = ops.convert_to_numpy(layer(*any_row.inputs))
+    np.testing.assert_array_equal(ops.convert_to_numpy(copy(*any_row.inputs)), expected)
 
 
-def test_unknown_keyword_is_refused(row):
+def test_unknown_keyword_is_refused(any_row):
     with pytest.raises(ValueError, match="no_such_option"):
-        row.make(no_such_option=1)
+        any_row.make(no_such_option=1)
 
 
-def test_save_and_load_in_a_model(row, tmp_path):
-    model = row.model()
+def test_save_and_load_in_a_model(any_row, tmp_path):
+    model = any_row.model()
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(run(loaded, row.inputs), run(model, row.inputs))
+    np.testing.assert_array_equal(run(loaded, any_row.inputs), run(model, any_row.inputs))
 
 
 def test_eager_equals_compiled(row):
@@ -168,11 +183,11 @@ def test_mixed_precision(row):
     np.testing.assert_allclose(outputs, run(exact, row.inputs), rtol=0.05, atol=0.05)
 
 
-def test_inferred_shape_is_the_real_one(row):
-    spec = row.model().output
-    assert spec.shape[0] is None
-    outputs = row.make()(*row.inputs)
+def test_inferred_shape_is_the_real_one(any_row):
+    spec = any_row.model().output
+    outputs = any_row.make()(*any_row.inputs)
     assert spec.shape[1:] == tuple(outputs.shape)[1:]
+    assert (spec.shape[:1] == (None,)) == (tuple(outputs.shape[:1]) == (BATCH,))
     assert spec.dtype == keras.backend.standardize_dtype(outputs.dtype)
 
 

@@ -48,10 +48,51 @@ def value(loss: keras.losses.Loss, row: Row, **arguments) -> np.ndarray:
     return ops.convert_to_numpy(loss(row.y_true, row.y_pred, **arguments))
 
 
+GAN_LOSSES = [
+    losses.Hinge,
+    losses.NonSaturating,
+    losses.Wasserstein,
+    losses.Relativistic,
+    lambda: losses.Relativistic(average=True),
+    losses.GANQP,
+    lambda: losses.GANQP(scale=3.0, norm="l1", epsilon=1e-4),
+]
+
+
+def gan_values(loss, real, fake, dtype):
+    real, fake = (ops.cast(ops.convert_to_tensor(s), dtype) for s in (real, fake))
+    images = ops.cast(ops.convert_to_tensor(FEATURES), dtype)
+    values = loss.discriminator(real, fake, images, -images), loss.generator(real, fake)
+    return [ops.convert_to_numpy(v) for v in values]
+
+
+@pytest.mark.parametrize("make", GAN_LOSSES)
+def test_losses_of_a_gan(make):
+    """The configuration, and scalars in float32 from scores of any precision and shape."""
+    loss = make()
+    config = keras.saving.serialize_keras_object(loss)
+    copy = keras.saving.deserialize_keras_object(config)
+    assert type(copy) is type(loss)
+    assert copy.get_config() == loss.get_config()
+    with pytest.raises(TypeError, match=r"no_such_option|takes no arguments"):
+        type(loss)(no_such_option=1)
+    real, fake = np.float32([[1], [3], [-2], [0], [0.5], [9]]), np.float32([[-1]] * 6)
+    exact = gan_values(loss, real, fake, "float32")
+    for dtype in ("bfloat16", "float16"):
+        rough = gan_values(copy, real, fake, dtype)
+        assert [v.dtype for v in rough] == ["float32"] * 2
+        np.testing.assert_allclose(rough, exact, rtol=0.02)
+    flat = gan_values(loss, real[:, 0], fake[:, 0], "float32")
+    np.testing.assert_array_equal(flat, exact)  # (batch,) as (batch, 1)
+    for value in gan_values(loss, 1e4 * real, 1e4 * fake, "float32"):
+        assert np.isfinite(value)
+
+
 def test_every_public_loss_has_a_row():
-    public = [getattr(losses, name) for name in losses.__all__]
-    classes = {c for c in public if isinstance(c, type) and issubclass(c, keras.losses.Loss)}
-    assert classes == {row.make for row in ROWS}
+    public = (getattr(losses, name) for name in losses.__all__)
+    classes = {c for c in public if isinstance(c, type)}
+    gan = {type(make()) for make in GAN_LOSSES}
+    assert classes == {row.make for row in ROWS} | gan
 
 
 def test_config_round_trip(row):

@@ -93,13 +93,22 @@ class BiGANQP(AdversarialNetworks):
     def call(self, inputs: Any, training: bool = False) -> Any:
         return self.encoder(inputs, training=training)
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
         check_arguments(self, y, sample_weight)
         x = ops.convert_to_tensor(x)  # in eager mode an array
         z = self.noise(ops.shape(x)[0])
         codes, images = y_pred, self.generator(z, training=training)
 
-        def difference(made):  # (value, per pair): E Delta with respect to E(x) and G(z)
+        def difference(
+            made: list,
+        ) -> tuple[Any, Any]:  # (value, per pair): E Delta with respect to E(x) and G(z)
             codes, images = made
             real = self.discriminator([x, codes], training=training)
             fake = self.discriminator([images, z], training=training)
@@ -119,7 +128,7 @@ class BiGANQP(AdversarialNetworks):
         loss = loss_d + ops.cast(zero, loss_d.dtype) + inverse
         return (loss + regularisation(self, loss_d.dtype)) / backend.num_replicas()
 
-    def _inverse(self, x, z, codes, images, training):
+    def _inverse(self, x: Any, z: Any, codes: Any, images: Any, training: bool) -> Any:
         """beta_1 |z - E(sg G(z))|^2 + beta_2 |x - G(sg E(x))|^2, means."""
         of_images = self.encoder(ops.stop_gradient(images), training=training)
         of_codes = self.generator(ops.stop_gradient(codes), training=training)

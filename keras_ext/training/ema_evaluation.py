@@ -9,6 +9,8 @@ and subtracting, which rounds; after `predict` it leaves the averages in the mod
 looks for the optimizer one level deep.
 """
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -41,26 +43,26 @@ class EvaluateWithEMA(keras.callbacks.Callback):
         >>> loss = model.evaluate(x, y, verbose=0, callbacks=[EvaluateWithEMA()])
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self._put_aside = None
+        self._put_aside: tuple | None = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._optimizer()  # no EMAOptimizer: say so before an epoch has passed
 
-    def on_test_begin(self, logs=None):
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._exchange()
 
-    def on_test_end(self, logs=None):
+    def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
         self.restore()
 
-    def on_predict_begin(self, logs=None):
+    def on_predict_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._exchange()
 
-    def on_predict_end(self, logs=None):
+    def on_predict_end(self, logs: dict[str, Any] | None = None) -> None:
         self.restore()
 
-    def _exchange(self):
+    def _exchange(self) -> None:
         self.restore()
         optimizer = self._optimizer()
         if optimizer.built and _updates(optimizer) > 0:
@@ -68,7 +70,7 @@ class EvaluateWithEMA(keras.callbacks.Callback):
             self._put_aside = weights, backend.snapshot(weights), _updates(optimizer)
             optimizer.assign_averages()
 
-    def restore(self):
+    def restore(self) -> None:
         """Put the weights back, unless they have been trained since they were put aside."""
         if self._put_aside is not None:
             weights, values, updates = self._put_aside
@@ -89,5 +91,5 @@ class EvaluateWithEMA(keras.callbacks.Callback):
         return optimizer
 
 
-def _updates(optimizer) -> int:
+def _updates(optimizer: Any) -> int:
     return int(ops.convert_to_numpy(optimizer.updates))

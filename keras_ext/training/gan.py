@@ -107,13 +107,20 @@ class SingleLossGAN(AdversarialNetworks):
     def call(self, inputs: Any, training: bool = False) -> Any:
         return self.discriminator(inputs, training=training)
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
         check_arguments(self, y, sample_weight)
         real = y_pred  # the trainer has just called the model
         images = self.generator(self.noise(ops.shape(x)[0]), training=training)
         stopped = ops.stop_gradient(images)
 
-        def generator_loss(images):
+        def generator_loss(images: Any) -> tuple[Any, Any]:
             fake = self.discriminator(images, training=training)
             return self.gan_loss.generator(ops.stop_gradient(real), fake), fake
 

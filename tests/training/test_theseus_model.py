@@ -9,10 +9,12 @@ from models.small_bert import SIZES
 from keras_ext.layers.theseus import ReplacementRate, TheseusModule
 from keras_ext.models import build_transformer_model
 from keras_ext.optimizers import AccumOptimizer
+from keras_ext.training import RDrop, with_objective
 from keras_ext.training.theseus import (
     ConstantReplacement,
     LinearReplacement,
     ReplacementSchedule,
+    TheseusModel,
     build_theseus_model,
     extract_successor,
 )
@@ -255,6 +257,29 @@ def fitted(path, jit_compile):
 @pytest.mark.skipif(not JIT, reason="compilation by PyTorch needs minutes")
 def test_xla_trains_what_the_graph_does(tmp_path):
     equal(*(fitted(tmp_path / "model.keras", jit_compile=jit) for jit in (False, True)))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_it_takes_part_in_objectives(whole):
+    """Also a head of one's own on the model; micro-batches of 3, 3, 2 weigh by their rows."""
+    student = build_theseus_model(classifier(2, 0.1))
+    if not whole:
+        logits = keras.layers.Dense(3)(student.output)
+        student = keras.Model(student.inputs, logits)
+    model = with_objective(student, [RDrop(1.0, from_logits=True)])
+    assert isinstance(model, TheseusModel) == whole
+    compiled(model, AccumOptimizer(keras.optimizers.SGD(0.1), 3), jit_compile=JIT)
+    assert len(model.trainable_variables) == len(student.trainable_variables) + 1
+    before = [np.array(ops.convert_to_numpy(v)) for v in student.trainable_variables]
+    options = {"batch_size": 3, "shuffle": False, "verbose": 0}
+    history = model.fit(X, Y, callbacks=[ConstantReplacement(0.5, 1)], **options).history
+    assert history.keys() == {"loss", "divergence"}
+    assert model.get_layer("theseus_0").recompute == JIT
+    assert any(
+        (a != ops.convert_to_numpy(b)).any()
+        for a, b in zip(before, student.trainable_variables, strict=True)
+    )
+    assert extract_successor(model).count_params() < model.count_params()
 
 
 def test_bad_models():

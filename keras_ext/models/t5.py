@@ -248,8 +248,9 @@ class T5(BERT):
                 causal=causal,
                 scale=1.0,
                 use_bias=False,
-                # So that the scores of unit vectors have variance 1, as they are not scaled.
-                kernel_initializer=self.initializer(self.head_size**-0.5),
+                kernel_initializer=self.initializer(),
+                # So that scores have variance 1, as they are not divided by √d.
+                query_initializer=self.initializer(1 / self.head_size),
                 name=name,
             )
 

@@ -148,13 +148,13 @@ GAU_WEIGHTS = {
     r"encoder_\d/attention/output_dense/kernel": keeps(GAU_SHARE, INNER),
     r"encoder_\d/attention/(query|key)_gamma": ONES,
 }
-# T5 does not divide scores by √d: queries and keys are d^(-1/4) times as large instead. (That
-# their values and outputs are so, too, is not T5's.)
+# T5 does not divide scores by √d: its queries are d^(-1/2) times as large instead.
 T5_ATTENTION = r"(encoder|decoder)_\d/(cross_)?attention"
 T5_WEIGHTS = {
     "token_embedding/embeddings": normal(1.0),
-    f"{T5_ATTENTION}/(query|key|value)_dense/kernel": keeps(8**-0.5, WIDTH),
-    f"{T5_ATTENTION}/output_dense/kernel": keeps(8**-0.5, 4 * 8),
+    f"{T5_ATTENTION}/query_dense/kernel": keeps(1 / 8, WIDTH),
+    f"{T5_ATTENTION}/(key|value)_dense/kernel": keeps(1, WIDTH),
+    f"{T5_ATTENTION}/output_dense/kernel": keeps(1, 4 * 8),
     r"(encoder|decoder)_\d/feed_forward/intermediate_dense/kernel": keeps(1, WIDTH),
     r"(encoder|decoder)_\d/feed_forward/output_dense/kernel": keeps(1, INNER),
     r"(encoder|decoder)_(\d/\w+_)?norm/gamma": ONES,
@@ -222,7 +222,7 @@ def test_t5_1_1_has_a_head_of_its_own():
 
 @pytest.mark.parametrize("head_size", [4, 64])
 def test_scores_of_a_fresh_t5_have_variance_1(head_size):
-    """That is what the factor of its queries and keys is for: no scores are divided by √d."""
+    """That is what the factor of its queries is for: no scores are divided by √d."""
     keras.utils.set_random_seed(0)
     config = {**SIZES, **T5_SIZES, "head_size": head_size, "num_attention_heads": 64}
     model = build_transformer_model(config, model="t5", application="encoder")

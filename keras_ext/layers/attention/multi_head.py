@@ -165,6 +165,7 @@ class MultiHeadAttention(ProjectedAttention):
         log_length: N of the log-n scaling, which multiplies λ by log_N(n). Default: None, off.
         use_bias: of all projections. Default: True.
         kernel_initializer: of all projections. Default: "glorot_uniform".
+        query_initializer: of the queries' kernel instead. Default: `kernel_initializer`.
 
     Raises:
         ValueError: a number is not positive, `num_kv_heads` does not divide `num_heads`,
@@ -192,9 +193,13 @@ class MultiHeadAttention(ProjectedAttention):
         key_norm: bool = False,
         scale: float | None = None,
         log_length: int | None = None,
+        query_initializer: Any = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_heads, key_dim, value_dim, num_kv_heads, causal, **kwargs)
+        self.query_initializer = keras.initializers.get(query_initializer)
+        if self.query_initializer is not None:
+            self.query_dense.kernel_initializer = self.query_initializer.clone()
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, got {window}.")
         if log_length is not None and log_length < 2:
@@ -368,6 +373,7 @@ class MultiHeadAttention(ProjectedAttention):
             "key_norm": self.key_norm,
             "scale": self.scale,
             "log_length": self.log_length,
+            "query_initializer": keras.initializers.serialize(self.query_initializer),
         }
 
     @classmethod

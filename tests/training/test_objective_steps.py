@@ -297,6 +297,44 @@ def test_another_batch(jit):
         np.testing.assert_allclose(start - after, gradient, atol=3e-6)
 
 
+def pair_of_texts(shared):
+    """One text in two inputs: an embedding in a nested model called twice, or once on both."""
+    a, b = (keras.Input((LENGTH,), dtype="int32") for _ in range(2))
+    embedding = keras.layers.Embedding(
+        TOKENS, SIZE, name="embedding", embeddings_initializer=normal(0.7, 1)
+    )
+    tokens = keras.Input((None,), dtype="int32")
+    encoder = keras.Model(tokens, embedding(tokens))
+    both = keras.layers.Concatenate(axis=1)
+    h = both([encoder(a), encoder(b)]) if shared else encoder(both([a, b]))
+    x = keras.layers.Dense(HIDDEN, "tanh", kernel_initializer=normal(0.9, 2))(
+        keras.layers.Reshape((2 * LENGTH * SIZE,))(h)
+    )
+    x = keras.layers.Dense(CLASSES, "softmax", kernel_initializer=normal(0.9, 4))(x)
+    return keras.Model([a, b], x)
+
+
+@pytest.mark.parametrize("where", ["matrix", "output"])
+def test_a_shared_embedding_in_a_nested_model(where):
+    """Both calls are attacked, with one norm."""
+
+    def trained(shared):
+        model = pair_of_texts(shared)
+        objectives = [
+            FGM("embedding", EPSILON, on=where),
+            GradientPenalty("embedding", WEIGHT, on=where),
+        ]
+        model = with_objective(model, objectives)
+        model.compile(keras.optimizers.SGD(1.0), "sparse_categorical_crossentropy")
+        before = flat(model)
+        model.fit([X, X[::-1]], Y, batch_size=4, shuffle=False, verbose=0)
+        return before - flat(model)
+
+    moved = trained(shared=True)
+    assert np.abs(moved).max() > 0.1
+    np.testing.assert_allclose(moved, trained(shared=False), atol=1e-6)
+
+
 OBJECTIVES = {
     "none": lambda: [],
     "FGM of R-Drop": lambda: [FGM("embedding", 0.3), RDrop(1.0)],

@@ -220,7 +220,8 @@ def with_objective(
     Metrics, `evaluate` and `predict` are those of the model; losses of `add_loss` count in
     each pass of an objective, regularisers once. With an `AccumOptimizer` micro-batches
     of unequal size have their exact weights, also with no objective, `with_objective(model,
-    [])`.
+    [])`. Model surgery takes the result as it takes the model, and returns a plain model: put
+    the objectives on afterwards.
 
     Means and norms over the batch are those of each replica under `tf.distribute`, and of the
     whole batch under `keras.distribution`. With an `AccumOptimizer` they are those of each

@@ -9,6 +9,7 @@ import pytest
 from keras import ops
 
 from keras_ext import training
+from keras_ext.models import rename_layers
 from keras_ext.optimizers import AccumOptimizer
 from keras_ext.training import (
     FGM,
@@ -206,6 +207,15 @@ def test_copies():
     again.compile("sgd", LOSS)
     for other in (clone, again):
         assert np.isfinite(fit(other)["loss"]).all()
+
+
+def test_surgery_is_that_of_the_plain_model():
+    model = compiled([FGM("embedding", 0.3)], AccumOptimizer("adam", 3))
+    fit(model)
+    renamed = rename_layers(model, "other_")
+    assert type(renamed) is type(network())
+    assert [layer.name for layer in renamed.layers][1] == "other_embedding"
+    np.testing.assert_array_equal(renamed.predict(X, verbose=0), model.predict(X, verbose=0))
 
 
 def test_nested_shared_embedding_and_dictionaries():

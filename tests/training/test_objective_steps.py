@@ -276,6 +276,28 @@ def test_draws_of_no_seed_are_repeated(jit):
         assert abs(loss) < 1e-6
 
 
+class First(Objective):
+    """What a second pass changes in the value of a layer: nothing, it is that of the first."""
+
+    layers = ("dropout",)
+
+    def loss(self, inner, step):
+        layer = step.layer("dropout")
+        _, y_pred = inner()
+        (first,) = step.value(layer)
+        inner()
+        (second,) = step.value(layer)
+        return ops.sum(ops.abs(first - second)), y_pred
+
+
+def test_values_are_those_of_the_first_pass():
+    model = with_objective(network(), [First()])
+    for weight in model.weights:
+        weight.regularizer = None
+    model.compile(keras.optimizers.SGD(0.0), "sparse_categorical_crossentropy")
+    assert model.fit(X, Y, batch_size=4, verbose=0).history["loss"] == [0]
+
+
 @pytest.mark.usefixtures("known_noise")
 @pytest.mark.parametrize("jit", MODES)
 def test_another_batch(jit):

@@ -18,7 +18,6 @@ from keras_ext.training import (
 )
 from keras_ext.training.theseus import TheseusModel
 
-JIT = keras.backend.backend() != "torch"  # there it means torch.compile, which needs minutes
 NOISE, WIDTH = 2, 4
 X = np.random.default_rng(0).normal(size=(8, WIDTH)).astype("float32")
 Y = np.arange(8) % 3
@@ -71,7 +70,7 @@ def compiled(name, optimizer=None):
     keras.utils.set_random_seed(0)
     model = ROWS[name]()
     loss = {"loss": "sparse_categorical_crossentropy"} if "Theseus" in name else {}
-    model.compile(optimizer or keras.optimizers.SGD(0.05), jit_compile=JIT, **loss)
+    model.compile(optimizer or keras.optimizers.SGD(0.05), **loss)
     return model
 
 
@@ -125,7 +124,7 @@ def test_a_frozen_network_stays_and_the_rest_learns(name):
     frozen.trainable = False
     assert frozen.weights
     optimizer = keras.optimizers.SGD(0.05)
-    model.compile(optimizer, model.loss, jit_compile=JIT)
+    model.compile(optimizer, model.loss)
     still = {id(w): np.array(ops.convert_to_numpy(w)) for w in frozen.weights}
     before = [np.array(ops.convert_to_numpy(w)) for w in model.trainable_weights]
     fit(model, name, epochs=2)

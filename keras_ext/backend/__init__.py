@@ -23,8 +23,6 @@ all that the accelerator still has to compute. It is for checks, which must not 
 
 `densify(gradient)` returns a gradient as one tensor, the rows of repeated tokens summed.
 
-`forget_gradients(variables)` clears what PyTorch keeps of earlier steps: it adds to it.
-
 `generator_state()` returns where the random draws stand that are of no variable (those of
 torch's own generator, from which a Dropout without a seed draws), for `substitute`.
 
@@ -116,7 +114,6 @@ call_recorded = _backend.call_recorded
 compile = _backend.compile
 concrete = _backend.concrete
 densify = _backend.densify
-forget_gradients = _backend.forget_gradients
 generator_state = _backend.generator_state
 has_value = _backend.has_value
 map_chunks = _backend.map_chunks
@@ -142,7 +139,6 @@ __all__ = [
     "compile",
     "concrete",
     "densify",
-    "forget_gradients",
     "generator_state",
     "has_value",
     "map_chunks",

@@ -119,10 +119,6 @@ def call_recorded(fn: Callable[[], Any]) -> tuple[Any, list[keras.Variable], lis
     return scope.recorded_call(fn, snapshot)
 
 
-def forget_gradients(variables: Iterable[keras.Variable]) -> None:
-    """See `keras_ext.backend`."""
-
-
 def apply_gradients(
     optimizer: keras.Optimizer,
     grads: Sequence[Any],

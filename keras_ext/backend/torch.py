@@ -96,12 +96,6 @@ def call_recorded(fn: Callable[[], Any]) -> tuple[Any, list[keras.Variable], lis
     return scope.recorded_call(fn, snapshot)
 
 
-def forget_gradients(variables: Iterable[keras.Variable]) -> None:
-    """See `keras_ext.backend`."""
-    for variable in variables:
-        variable.value.grad = None
-
-
 def apply_gradients(
     optimizer: keras.Optimizer,
     grads: Sequence[Any],

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras import ops
 
-from keras_ext import backend
 from keras_ext.layers.every import find_layer
 from keras_ext.optimizers import nesting
 from keras_ext.optimizers.accumulation import AccumOptimizer
@@ -95,7 +94,6 @@ class ObjectiveMixin(Base):
         return super().make_train_function(force)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Any:
-        backend.forget_gradients(self._carriers)
         with Step(self, self._observed).open():
             return super().train_step(*args, **kwargs)
 

@@ -129,19 +129,6 @@ def test_a_recorded_call_tells_what_was_before():
     assert [float(array(v)) for v in (result, a, b, c)] == [35.0, 33.0, 35.0, 3.0]
 
 
-def test_gradients_of_earlier_steps_are_forgotten():
-    kept, forgotten = variable([1.0]), variable([1.0])
-    if BACKEND == "torch":
-        for _ in range(2):
-            (2 * kept.value + 3 * forgotten.value).sum().backward()
-            backend.forget_gradients([forgotten])
-        assert forgotten.value.grad is None
-        assert array(kept.value.grad) == 4
-    else:  # they keep none
-        backend.forget_gradients([forgotten])
-        assert array(forgotten) == 1
-
-
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_a_program_reads_what_the_variables_hold_now(jit_compile):
     a = variable([1.0, 2.0])

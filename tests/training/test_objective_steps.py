@@ -222,6 +222,10 @@ def test_a_step_is_that_by_hand(case, jit):
     model.compile(keras.optimizers.SGD(1.0), "sparse_categorical_crossentropy", jit_compile=jit)
     history = model.fit(X, Y, batch_size=4, shuffle=False, verbose=0).history
     np.testing.assert_allclose(history["loss"][0], loss(net), rtol=2e-6)
+    if case == "R-Drop":
+        p, q = net.predict(0), net.predict(1)
+        both = (divergence(p, q) + divergence(q, p)) / 2
+        np.testing.assert_allclose(history["divergence"][0], both, rtol=1e-5)
     for start, after, gradient in zip(
         before, trainable(plain), differences(loss, net), strict=True
     ):
@@ -413,6 +417,21 @@ def test_the_carrier_is_nowhere_to_be_seen(tmp_path):
     model.compile("sgd", "sparse_categorical_crossentropy")  # and away, without accumulation
     assert model.trainable_variables == plain.trainable_variables
     model.fit(X, Y, batch_size=3, verbose=0)
+
+
+def test_weights_after_a_training_without_accumulation():
+    """PyTorch keeps gradients of weights that it did not know at first, and adds to them."""
+    x, y, rates = np.concatenate([X, X[:2]]), np.concatenate([Y, Y[:2]]), []
+    for optimizer, size in (
+        (AccumOptimizer(keras.optimizers.SGD(1.0), 2), 4),
+        (keras.optimizers.SGD(1.0), 6),
+    ):
+        model = with_objective(uncoupled(), [])
+        for chosen, batch in ((keras.optimizers.SGD(0.0), 3), (optimizer, size)):
+            model.compile(chosen, "sparse_categorical_crossentropy")
+            model.fit(x, y, batch_size=batch, epochs=2, shuffle=False, verbose=0)
+        rates.append(flat(model))
+    np.testing.assert_allclose(*rates, atol=1e-6)
 
 
 def test_batch_weight():

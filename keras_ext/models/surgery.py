@@ -88,14 +88,15 @@ def replace_attention(
 def select_tokens(model: keras.Model, tokens: Sequence[int | Sequence[int]]) -> keras.Model:
     """The model with another vocabulary: some of its tokens, and new ones made of several.
 
-        E'[i] = mean of E[j] for j in tokens[i],    and so the bias of the MLM head
+        E'[i] = mean of E[j] for j in tokens[i],    and so the bias of the MLM head, and a head
+                                                    with a matrix of its own
 
     A pruned vocabulary makes a smaller model with the same outputs for the tokens it keeps. The
     mean of its characters is a good start for a word. An id can be named more than once, so
     that it weighs more.
 
     Args:
-        model: with a layer `token_embedding`, and perhaps `mlm_bias`.
+        model: with a layer `token_embedding`, and perhaps `mlm_bias` or `lm_head`.
         tokens: for each id of the new vocabulary one old id, or several. The first is 0, the
             padding, where the model masks it.
 
@@ -103,7 +104,8 @@ def select_tokens(model: keras.Model, tokens: Sequence[int | Sequence[int]]) -> 
         A `keras.Model` with inputs and outputs of `model`, not compiled.
 
     Raises:
-        ValueError: `tokens` is empty, or has an id that there is not, or another padding.
+        ValueError: `tokens` is empty, or has an id that there is not, or another padding; the
+            model has a further Dense layer of as many units as tokens.
 
     Example:
         >>> small = select_tokens(bert, [0, 100, 101, 102, 103, *range(670, 7992)])
@@ -123,14 +125,23 @@ def select_tokens(model: keras.Model, tokens: Sequence[int | Sequence[int]]) -> 
     if not groups or (embedding.mask_zero and groups[0] != [0]):
         raise ValueError(f"tokens[0] must be 0, the padding, got {list(tokens[:1])}.")
 
-    def means(rows: np.ndarray) -> np.ndarray:
-        wide = np.asarray(rows, "float32")
-        return np.stack([wide[group].mean(axis=0) for group in groups])
+    changes = {"token_embedding": {"input_dim": len(groups)}, "mlm_bias": {}}
+    changes["lm_head"] = {"units": len(groups)}
+    for layer in model.layers:
+        units = getattr(layer, "units", None)
+        if units == len(known) and layer.name not in changes:
+            raise ValueError(
+                f"{layer.name} has {units} units, as many as there are tokens. Call it lm_head "
+                "if they are the tokens; otherwise cut it off first."
+            )
 
-    def change(layer: keras.layers.Layer) -> dict[str, Any] | None:
-        return {"token_embedding": {"input_dim": len(groups)}, "mlm_bias": {}}.get(layer.name)
+    def means(layer: keras.layers.Layer, weight: np.ndarray) -> np.ndarray:
+        wide = np.asarray(weight, "float32")
+        wide = wide.T if layer.name == "lm_head" else wide
+        chosen = np.stack([wide[group].mean(axis=0) for group in groups])
+        return chosen.T if layer.name == "lm_head" else chosen
 
-    return _changed(model, change, lambda _, rows: means(rows))
+    return _changed(model, lambda layer: changes.get(layer.name), means)
 
 
 def select_blocks(model: keras.Model, blocks: Iterable[int]) -> keras.Model:

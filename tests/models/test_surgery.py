@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from families import random_model
 from keras import ops
 from models.small_bert import SIZES
 
@@ -112,6 +113,24 @@ def test_new_tokens_are_means_of_old_ones(with_mlm):
         (old,), (new,) = (model.get_layer(name).get_weights() for model in (with_mlm, larger))
         np.testing.assert_array_equal(new[:size], old)
         np.testing.assert_allclose(new[size], old[3] / 3 + old[5] * 2 / 3, rtol=1e-6)
+
+
+def test_a_head_with_a_matrix_of_its_own_is_pruned_too():
+    model, kept = random_model("mt5", with_mlm=True), [0, 9, 3, [4, 4, 7]]
+    small = select_tokens(model, kept)
+    ids = np.array([[1, 2, 1, 0], [2, 2, 1, 1]], "int32")
+    old = np.array([0, 9, 3], "int32")[ids]
+    new, logits = (ops.convert_to_numpy(m([x, x])[-1]) for m, x in ((small, ids), (model, old)))
+    assert new.shape[-1] == 4
+    np.testing.assert_allclose(new[..., :3], logits[..., [0, 9, 3]], atol=1e-5)
+    mean = logits[..., 4] * 2 / 3 + logits[..., 7] / 3
+    np.testing.assert_allclose(new[..., 3], mean, atol=1e-5)
+
+
+def test_another_head_over_the_vocabulary_is_refused(model):
+    own = keras.layers.Dense(SIZES["vocab_size"], name="own")(model.output)
+    with pytest.raises(ValueError, match="own has 11 units, as many as there are tokens"):
+        select_tokens(keras.Model(model.inputs, own), range(4))
 
 
 @pytest.mark.parametrize(

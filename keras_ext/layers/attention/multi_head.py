@@ -169,8 +169,9 @@ class MultiHeadAttention(ProjectedAttention):
 
     Raises:
         ValueError: a number is not positive, `num_kv_heads` does not divide `num_heads`,
-            rotary positions have an odd `key_dim`, or both norms come without a `scale`. In
-            a call: a window comes with a mask, a bias or another length of the sources.
+            rotary positions have an odd `key_dim`, or both norms come without a `scale`. When
+            built: the position is in another attention. In a call: a mask or a bias of another
+            rank; a window comes with one, or with another length of the sources.
 
     Example:
         >>> attention = MultiHeadAttention(4, 8, causal=True, position=RotaryPosition())
@@ -230,6 +231,11 @@ class MultiHeadAttention(ProjectedAttention):
     ) -> None:
         super().build(query_shape, value_shape, key_shape)
         if isinstance(self.position, keras.layers.Layer):
+            if self.position.built:
+                raise ValueError(
+                    f"position={self.position.name!r} has weights for one attention, and is in "
+                    f"another already. Give each a {type(self.position).__name__} of its own."
+                )
             heads = (*query_shape[:-1], self.num_heads)
             self.position.build((*heads, self.key_dim), (*heads, self.value_dim))
 
@@ -275,7 +281,9 @@ class MultiHeadAttention(ProjectedAttention):
             value,
             mask=mask,
             causal=causal,
-            bias=None if attention_bias is None else _of_rank_4(attention_bias),
+            bias=None
+            if attention_bias is None
+            else _of_rank_4("attention_bias", attention_bias),
             position=position,
             positions=(at, of),
             dropout=(lambda w: self.dropout_layer(w, training=True))
@@ -386,13 +394,21 @@ def _direction(x: Any) -> Any:
     return ops.cast(direction(cast_up(x)), x.dtype)
 
 
-def _of_rank_4(pattern: Any) -> Any:
-    return pattern[:, None] if len(pattern.shape) == 3 else pattern
+def _of_rank_4(name: str, pattern: Any) -> Any:
+    rank = len(pattern.shape)
+    if rank not in (3, 4):
+        raise ValueError(
+            f"{name} must have the shape (batch, targets, sources) or (batch, heads, targets, "
+            f"sources), got {tuple(pattern.shape)}. One for all texts: {name}[None]. "
+            "Padding is a Keras mask, or of the shape (batch, 1, sources)."
+        )
+    return pattern[:, None] if rank == 3 else pattern
 
 
 def join_masks(source_mask: Any, *attention_masks: Any) -> Any:
     """One mask of rank 4 from padding and patterns, or None; each of them may be None."""
-    masks = [_of_rank_4(ops.cast(m, "bool")) for m in attention_masks if m is not None]
+    given = [ops.cast(m, "bool") for m in attention_masks if m is not None]
+    masks = [_of_rank_4("attention_mask", m) for m in given]
     if source_mask is not None:
         masks.append(ops.cast(source_mask, "bool")[:, None, None, :])
     return functools.reduce(ops.logical_and, masks) if masks else None

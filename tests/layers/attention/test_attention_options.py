@@ -546,3 +546,22 @@ def test_all_options_are_saved(tmp_path):
     np.testing.assert_array_equal(
         *(ops.convert_to_numpy(compiled(m)(x)) for m in (model, loaded))
     )
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "attention_bias"])
+def test_patterns_of_another_rank_are_refused(name):
+    x, pattern = np.ones((2, 3, 8), "float32"), np.ones((3, 3), "float32")
+    with pytest.raises(ValueError, match=rf"{name} must have the shape .*got \(3, 3\)"):
+        MultiHeadAttention(2, 4)(x, x, **{name: pattern})
+
+
+@pytest.mark.parametrize("make", [lambda: RelativePosition(2), lambda: T5Bias(2)])
+def test_a_position_with_weights_is_in_one_attention(make):
+    position, x = make(), np.ones((2, 3, 8), "float32")
+    first, second = (MultiHeadAttention(2, 4, position=position) for _ in range(2))
+    first(x, x)
+    first(x, x)
+    with pytest.raises(
+        ValueError, match=rf"another already\. Give each a {type(position).__name__}"
+    ):
+        second(x, x)

@@ -52,12 +52,18 @@ def rebuild(
         return made[id(layer)](*args, **kwargs)
 
     # A new model of the same graph is not compiled; Keras would compile the clone as well.
+    # Older Keras wants every input to lead to an output.
+    outputs = (
+        [model.output, *map(keras.layers.Identity(), further)] if further else model.output
+    )
     rebuilt = keras.models.clone_model(
-        keras.Model([*model.inputs, *further], model.output, name=name or model.name),
+        keras.Model([*model.inputs, *further], outputs, name=name or model.name),
         input_tensors=inputs,
         clone_function=lambda layer: layer,
         call_function=call_copy,
     )
+    if further:
+        rebuilt = keras.Model(rebuilt.input, rebuilt.output[0], name=rebuilt.name)
     for layer, copy in (*copied, *copies):
         copy.set_weights(layer.get_weights())
     return rebuilt

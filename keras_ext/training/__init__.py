@@ -7,9 +7,10 @@ from keras_ext.training.feature_redraw import RedrawFeatures
 from keras_ext.training.fgm import FGM
 from keras_ext.training.gan import SingleLossGAN
 from keras_ext.training.gradient_penalty import GradientPenalty
-from keras_ext.training.objective import Batch, Objective, Step
+from keras_ext.training.objective import Objective
 from keras_ext.training.objective_model import ObjectiveMixin, with_objective
 from keras_ext.training.r_drop import RDrop
+from keras_ext.training.step import Batch, Step
 from keras_ext.training.theseus import (
     ConstantReplacement,
     LinearReplacement,

@@ -21,8 +21,8 @@ from typing import Any, Literal
 import keras
 
 from keras_ext.arguments import number
-from keras_ext.training.objective import Inner, Step
 from keras_ext.training.on_layer import OnLayer, to_length
+from keras_ext.training.step import Inner, Step
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")

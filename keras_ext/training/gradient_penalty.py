@@ -16,8 +16,8 @@ import keras
 from keras import ops
 
 from keras_ext.arguments import number
-from keras_ext.training.objective import Inner, Step
 from keras_ext.training.on_layer import OnLayer
+from keras_ext.training.step import Inner, Step
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")

@@ -25,7 +25,8 @@ from keras import ops
 from keras_ext.layers.every import find_layer
 from keras_ext.optimizers import nesting
 from keras_ext.optimizers.accumulation import AccumOptimizer
-from keras_ext.training.objective import Batch, Objective, Step
+from keras_ext.training.objective import Objective
+from keras_ext.training.step import Batch, Step
 
 Base: Any = keras.Model if TYPE_CHECKING else object
 

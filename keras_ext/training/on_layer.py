@@ -8,7 +8,8 @@ from keras import ops
 from keras_ext.arguments import choice
 from keras_ext.layers.every import find_layer
 from keras_ext.numerics import scaled_norm
-from keras_ext.training.objective import Objective, Step
+from keras_ext.training.objective import Objective
+from keras_ext.training.step import Step
 
 
 class OnLayer(Objective):

@@ -21,7 +21,8 @@ from keras import ops
 
 from keras_ext.arguments import number
 from keras_ext.training.divergence import check_predictions, mean_divergence
-from keras_ext.training.objective import Inner, Objective, Step
+from keras_ext.training.objective import Objective
+from keras_ext.training.step import Inner, Step
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")

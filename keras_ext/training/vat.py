@@ -24,8 +24,8 @@ from keras_ext import backend
 from keras_ext.arguments import number
 from keras_ext.numerics import at_least_float32
 from keras_ext.training.divergence import check_predictions, mean_divergence
-from keras_ext.training.objective import SCALE, Inner, Step
 from keras_ext.training.on_layer import OnLayer, to_length
+from keras_ext.training.step import SCALE, Inner, Step
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")

@@ -60,7 +60,7 @@ def finetune(
     if config["theseus"]:
         teacher = Path(config["theseus"])
         trunk, inputs, outputs = theseus_compression.training_model(
-            trunk, head, data, settings, teacher, jit_compile
+            trunk, head, data, settings, teacher
         )
     else:
         inputs, outputs = head.build_model(trunk, data, settings)

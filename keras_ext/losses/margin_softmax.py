@@ -40,6 +40,7 @@ import numpy as np
 from keras import ops
 
 from keras_ext.labels import check_shape, class_numbers, in_range, nan_unless
+from keras_ext.losses.base import Loss
 from keras_ext.losses.margins import (
     a_target,
     am_target,
@@ -81,7 +82,7 @@ def margin_softmax_loss(
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
-class CosineSoftmax(keras.losses.Loss):
+class CosineSoftmax(Loss):
     """Softmax cross-entropy of scaled cosines, without a margin; the base of the others.
 
         loss = log(1 + Σ_{i≠t} exp(s (c_i - ψ(c_t)))),    here ψ(c) = c

@@ -33,6 +33,7 @@ import keras
 from keras import ops
 
 from keras_ext.labels import check_shape, in_range, nan_unless
+from keras_ext.losses.base import Loss
 from keras_ext.numerics import LOG_ZERO, at_least_float32, cast_up
 
 LOWEST = -1e4  # scores up to here are masked
@@ -132,7 +133,7 @@ def sparse_multilabel_crossentropy(
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
-class MultilabelCrossentropy(keras.losses.Loss):
+class MultilabelCrossentropy(Loss):
     """Softmax cross-entropy for any number of true classes (ZLPR).
 
         log(1 + Σ_neg exp(s_i - s_0)) + log(1 + Σ_pos exp(s_0 - s_j))

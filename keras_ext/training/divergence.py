@@ -13,12 +13,13 @@ from keras import ops
 
 from keras_ext import backend
 from keras_ext.labels import in_range, nan_unless
+from keras_ext.losses.base import Loss
 from keras_ext.numerics import at_least_float32
 
 TINY = 1e-7  # as in Keras's losses of probabilities
 
 
-class Divergence(keras.losses.Loss):
+class Divergence(Loss):
     """KL(p || q). Called with p, q and sample weights."""
 
     def __init__(self, from_logits: bool, dtype: str) -> None:

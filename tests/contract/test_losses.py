@@ -137,6 +137,26 @@ def test_float64_is_computed_in_float64(row):
     np.testing.assert_allclose(each, value(row.make(reduction=None), row), rtol=1e-5)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight", "sum"])
+def test_reductions_in_float64(row, reduction, masked):
+    """As Keras has them in float32, with all digits."""
+    weights, mask = np.arange(1.0, BATCH + 1), np.arange(BATCH) != 2
+    counts = mask if masked else np.ones(BATCH)
+    with float64():
+        y_pred = ops.convert_to_tensor(row.y_pred.astype("float64"))
+        if masked:
+            y_pred._keras_mask = ops.convert_to_tensor(mask)
+        each = value(row.make(reduction=None, dtype="float64"), row._replace(y_pred=y_pred))
+        loss = row.make(reduction=reduction, dtype="float64")
+        result = value(loss, row._replace(y_pred=y_pred), sample_weight=weights)
+    total = (weights * counts * each).sum()
+    number = {"sum": 1, "sum_over_batch_size": counts.sum()}
+    expected = total / number.get(reduction, (weights * counts).sum())
+    assert result.dtype == "float64"
+    np.testing.assert_allclose(result, expected, rtol=1e-13)
+
+
 def test_a_compiled_fit_step_equals_the_eager_loss(row):
     inputs = keras.Input((WIDTH,))
     model = keras.Model(inputs, keras.layers.Dense(CLASSES, activation="tanh")(inputs))

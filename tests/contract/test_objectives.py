@@ -345,9 +345,10 @@ def test_errors():
         fit(model)
 
 
-def test_logits_taken_for_probabilities_are_no_plausible_number():
+@pytest.mark.parametrize("activation", ["linear", "sigmoid"])
+def test_what_are_no_probabilities_gives_no_plausible_number(activation):
     plain = network()
-    plain.get_layer("head").activation = keras.activations.linear
+    plain.get_layer("head").activation = keras.activations.get(activation)
     model = with_objective(plain, [RDrop()])
     model.compile("sgd", LOSS)
     if BACKEND == "torch":

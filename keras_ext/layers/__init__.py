@@ -1,6 +1,7 @@
 """Keras layers; each file holds the function on tensors first, then the layer."""
 
 from keras_ext.layers.attention import masks
+from keras_ext.layers.attention.dot_product import dot_product_attention
 from keras_ext.layers.attention.favor import (
     FavorAttention,
     orthogonal_projection,
@@ -9,7 +10,7 @@ from keras_ext.layers.attention.favor import (
 from keras_ext.layers.attention.feature_sums import linear_attention
 from keras_ext.layers.attention.gated import GatedAttentionBlock, GatedAttentionUnit
 from keras_ext.layers.attention.linear import LinearAttention
-from keras_ext.layers.attention.multi_head import MultiHeadAttention, dot_product_attention
+from keras_ext.layers.attention.multi_head import MultiHeadAttention
 from keras_ext.layers.attention.polynomial import PolynomialAttention, polynomial_features
 from keras_ext.layers.attention.positions import RotaryPosition, rotary_embedding
 from keras_ext.layers.attention.relative import RelativePosition, T5Bias

@@ -30,9 +30,15 @@ class Loss(keras.losses.Loss):
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         if self.dtype != "float64" or self.reduction in (None, "none", "sum"):
             return super().__call__(y_true, y_pred, sample_weight)
-        total = _Sum(self.call)(y_true, y_pred, sample_weight)
+        each: list[Any] = []
+
+        def call(y_true: Any, y_pred: Any) -> Any:
+            each.append(self.call(y_true, y_pred))
+            return each[0]
+
+        total = _Sum(call)(y_true, y_pred, sample_weight)
         weights = sample_weight if self.reduction == "mean_with_sample_weight" else None
-        number = _Sum(lambda *y: ops.ones_like(self.call(*y)))(y_true, y_pred, weights)
+        number = _Sum(lambda *_: ops.ones_like(each[0]))(y_true, y_pred, weights)
         nothing = ops.equal(number, 0)
         mean = ops.where(nothing, 0 * total, total / ops.where(nothing, 1, number))
         return mean / backend.num_replicas()

@@ -33,7 +33,7 @@ class Divergence(Loss):
         return nan_unless(ops.logical_and(valid_p, valid_q), rows)
 
     def _distribution(self, y: Any) -> tuple[Any, Any, Any]:
-        """Probabilities, their logarithms, and where they are some."""
+        """Probabilities, their logarithms, and which rows are distributions."""
         if self.from_logits:
             return ops.softmax(y), ops.log_softmax(y), ops.ones_like(y[..., 0], dtype="bool")
         total = ops.sum(y, axis=-1)

@@ -57,15 +57,15 @@ class ObjectiveMixin(Base):
         self, objectives: Sequence[Objective], batch_weight: Callable | None = None
     ) -> None:
         """Train on these from now on. See `with_objective`."""
-        names = [o for o in objectives if not isinstance(o, Objective)]
-        if names:
-            raise ValueError(f"objectives must be Objectives, such as FGM(), got {names}.")
+        wrong = [o for o in objectives if not isinstance(o, Objective)]
+        if wrong:
+            raise ValueError(f"objectives must be Objectives, such as FGM(), got {wrong}.")
         if batch_weight is not None and not callable(batch_weight):
             raise ValueError(f"batch_weight must be callable, got {batch_weight!r}.")
         layers = [find_layer(self, name) for o in objectives for name in o.layers]
         for objective in objectives:
             objective.check(self)
-        # Not tracked: what is would be saved, counted and listed.
+        # Not tracked: tracked attributes would be saved, counted and listed.
         for name, value in (
             ("objectives", tuple(objectives)),
             ("batch_weight", batch_weight),

@@ -18,7 +18,7 @@ from keras import ops
 
 from keras_ext import backend
 from keras_ext.layers.attention.cache import empty_cache, extend_cache, next_positions
-from keras_ext.layers.attention.multi_head import (
+from keras_ext.layers.attention.dot_product import (
     dot_product_attention,
     join_masks,
     log_scaled,

@@ -79,9 +79,9 @@ def test_variance_of_independent_rows():
 def test_orthogonal_rows_have_less_variance():
     error = [
         ((estimates("positive", rows) - TRUE) ** 2).mean()
-        for rows in (orthogonal(20_000), independent(20_000, SIZE))
+        for rows in (orthogonal(20_000), independent(200_000, SIZE))
     ]
-    assert error[0] < 0.95 * error[1]
+    assert error[0] < 0.96 * error[1]  # 0.92, with a standard error below 0.01
 
 
 def test_rows_are_orthogonal_in_blocks_and_long_as_normal_ones():

@@ -1,0 +1,122 @@
+"""Softmax attention as a function of queries, keys and values, and the masks that it takes."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+from keras import ops
+
+from keras_ext.layers.attention.positions import Position
+from keras_ext.numerics import LOG_ZERO
+
+
+def dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any = None,
+    dropout: Callable[[Any], Any] | None = None,
+    scale: float | None = None,
+    bias: Any = None,
+    causal: bool = False,
+    position: Position | None = None,
+    positions: tuple[Any, Any] = (None, None),
+) -> Any:
+    """Scaled dot-product attention, all heads at once.
+
+    Args:
+        query: (batch, targets, heads, key_dim).
+        key: (batch, sources, heads, key_dim).
+        value: (batch, sources, heads, value_dim).
+        mask: boolean of rank 4, broadcastable to (batch, heads, targets, sources);
+            True = attend. None attends everywhere.
+        dropout: function applied to the attention weights.
+        scale: λ. Default: 1/√key_dim.
+        bias: added to the scores, of rank 4 as `mask`.
+        causal: the i-th query sees the first i keys only.
+        position: that has encoded queries and keys; it scores and sums them. Default: none.
+        positions: of the queries (targets,) and of the keys (sources,), for `position`.
+
+    Returns:
+        (batch, targets, heads, value_dim) in the dtype of `value`.
+
+    Example:
+        >>> q = k = v = keras.random.normal((2, 5, 4, 8))
+        >>> tuple(dot_product_attention(q, k, v).shape)
+        (2, 5, 4, 8)
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    position = position or Position()
+    order = None
+    if causal:
+        order = ops.arange(ops.shape(query)[1])[:, None] >= ops.arange(ops.shape(key)[1])
+    if causal and mask is not None:
+        mask, causal = ops.logical_and(mask, order), False
+    same_size = query.shape[-1] == value.shape[-1]  # as JAX wants them
+    if same_size and dropout is None and bias is None and position.only_encodes:
+        outputs = ops.dot_product_attention(
+            query, key, value, mask=mask, scale=scale, is_causal=causal
+        )
+    else:
+        scores = position.scores(query * scale, key, *positions)
+        if bias is not None:
+            scores = scores + ops.cast(bias, scores.dtype)
+        if causal or mask is not None:
+            scores = ops.where(order if mask is None else mask, scores, LOG_ZERO)
+        weights = ops.cast(ops.softmax(scores), value.dtype)  # (batch, heads, targets, sources)
+        if dropout is not None:
+            weights = dropout(weights)
+        outputs = position.outputs(weights, value, *positions)
+    if mask is None:
+        return outputs
+    attends = ops.any(mask, axis=-1, keepdims=True)  # (batch, heads, targets, 1)
+    return ops.where(ops.transpose(attends, (0, 2, 1, 3)), outputs, ops.zeros_like(outputs))
+
+
+def log_scaled(
+    query: Any,
+    key: Any,
+    log_length: int,
+    mask: Any = None,
+    causal: bool = False,
+    least: int = 1,
+) -> Any:
+    """Queries times log_N(n), for n tokens that each of them attends to.
+
+    Args:
+        query, key, mask, causal: as in `dot_product_attention`.
+        log_length: N.
+        least: n is at least this. Default: 1.
+
+    Returns: like `query`.
+    """
+    targets, sources = ops.shape(query)[1], ops.shape(key)[1]
+    seen = ops.ones((1, 1, targets, sources), "bool") if mask is None else mask
+    if causal:
+        order = ops.arange(targets)[:, None] >= ops.arange(sources)
+        seen = ops.logical_and(seen, order)
+    number = ops.sum(ops.cast(seen, "float32"), -1, keepdims=True)
+    number = ops.transpose(number, (0, 2, 1, 3))  # (batch, targets, heads, 1)
+    factor = ops.log(ops.maximum(number, float(least))) / math.log(log_length)
+    return query * ops.cast(factor, query.dtype)
+
+
+def of_rank_4(name: str, pattern: Any) -> Any:
+    rank = len(pattern.shape)
+    if rank not in (3, 4):
+        raise ValueError(
+            f"{name} must have the shape (batch, targets, sources) or (batch, heads, targets, "
+            f"sources), got {tuple(pattern.shape)}. One for all texts: {name}[None]. "
+            "Padding is a Keras mask, or of the shape (batch, 1, sources)."
+        )
+    return pattern[:, None] if rank == 3 else pattern
+
+
+def join_masks(source_mask: Any, *attention_masks: Any) -> Any:
+    """One mask of rank 4 from padding and patterns, or None; each of them may be None."""
+    given = [ops.cast(m, "bool") for m in attention_masks if m is not None]
+    masks = [of_rank_4("attention_mask", m) for m in given]
+    if source_mask is not None:
+        masks.append(ops.cast(source_mask, "bool")[:, None, None, :])
+    return functools.reduce(ops.logical_and, masks) if masks else None

@@ -153,7 +153,7 @@ def crf_marginals(
 
     Example:
         >>> p = crf_marginals(np.zeros((1, 3, 2)), np.zeros((2, 2)), np.zeros(2), np.zeros(2))
-        >>> float(p[0, 1, 0])
+        >>> float(keras.ops.convert_to_numpy(p)[0, 1, 0])
         0.5
     """
 

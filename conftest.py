@@ -69,7 +69,8 @@ def docstring_files(tmp_path_factory) -> Path:
         (folder / directory / "bert_config.json").write_text(json.dumps(config))
         variables = {}
         for weight in model.weights:
-            name, transposed = BERT.names[format].source(weight.path)
+            source = BERT.names[format].source(weight.path)
+            name, transposed = source.name, source.transposed
             values = keras.ops.convert_to_numpy(weight)
             variables[name] = np.ascontiguousarray(values.T if transposed else values)
         if format == "tensorflow":

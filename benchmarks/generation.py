@@ -88,7 +88,7 @@ def ours(directory: str, size: str, jit_compile: str) -> None:
     from keras_ext.generation import Generator
     from keras_ext.models import build_transformer_model
 
-    model = build_transformer_model(directory, directory, with_mlm=True)
+    model = build_transformer_model(directory, with_mlm=True)
     generator = Generator(model, seed=0, jit_compile=jit_compile == "1")
     texts = prompts(int(size))
     figures = {

@@ -63,7 +63,7 @@ def ours(directory: str) -> None:
     build_transformer_model({"vocab_size": 9, "intermediate_size": 4, **sizes})
 
     def load() -> None:
-        model = build_transformer_model(directory, directory, with_pool=True)
+        model = build_transformer_model(directory, with_pool=True)
         for weight in model.weights:
             keras.ops.sum(weight)
 

@@ -23,7 +23,7 @@
 # positions, other attention, norms under a condition, two models in one, a language model.
 # Every section asserts what should have stayed equal, and what should not. A CPU is enough:
 # the weights are random, so that nothing has to be downloaded. With a real checkpoint only
-# the first cell changes: `build_transformer_model("hfl/rbt3", "hfl/rbt3", with_mlm=True)`.
+# the first cell changes: `build_transformer_model("hfl/rbt3", with_mlm=True)`.
 
 # %%
 import importlib.util
@@ -120,8 +120,8 @@ print(f"{bert.count_params():,} weights, with half of the vocabulary {small.coun
 
 # %%
 with tempfile.TemporaryDirectory() as directory:
-    save_transformer_model(small, directory, {**config, "vocab_size": 501})
-    again = build_transformer_model(directory, directory, with_mlm=True)
+    save_transformer_model(small, directory)
+    again = build_transformer_model(directory, with_mlm=True)
     print(str(again.checkpoint_report).replace(directory, "directory"))
 assert np.array_equal(again([new_ids, segment_ids])[0], small([new_ids, segment_ids])[0])
 

@@ -4,21 +4,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ext.models import build_transformer_model
+from keras_ext.models import FAMILIES, build_transformer_model
 
+# Those of the package, with the names of their heads; BERT has tests of its own.
 HEADS = {
-    "albert": ("mlm", "nsp", "pool"),
-    "electra": ("discriminator",),
-    "electra_generator": ("mlm",),
-    "roformer": ("mlm",),
-    "nezha": ("mlm", "nsp", "pool"),
-    "roformer_v2": ("mlm",),
-    "gau_alpha": ("mlm",),
-    "openai-gpt": ("mlm",),
-    "gpt2": ("mlm",),
-    "gpt2_ml": ("mlm",),
-    "t5": ("mlm",),
-    "mt5": ("mlm",),
+    name: tuple(head.removeprefix("with_") for head in family.heads)
+    for name, family in FAMILIES.items()
+    if family.__module__.startswith("keras_ext.") and name != "bert"
 }
 TOKENS = np.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 0, 0, 0], [7, 0, 0, 0, 0, 0]], "int32")
 SEGMENTS = np.array([[0, 0, 0, 1, 1, 1], [0, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]], "int32")
@@ -44,6 +36,7 @@ OWN = {
     "roformer": {"embedding_size": 4},
     "nezha": {"max_relative_position": 2},
     "gau_alpha": {"attention_key_size": 6, "num_attention_heads": 1, "hidden_act": "swish"},
+    "modernbert": {"local_attention": 2, "pad_token_id": 0},
     "t5": T5_SIZES,
     "mt5": T5_SIZES,
 }

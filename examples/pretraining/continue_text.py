@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     from keras_ext.text import WordPieceTokenizer
 
     tokenizer = WordPieceTokenizer(arguments.model / "vocab.txt")
-    model = build_transformer_model(arguments.model, arguments.model, with_mlm=True)
+    model = build_transformer_model(arguments.model, with_mlm=True)
     end = tokenizer.token_to_id("[SEP]")
     generator = Generator(model, end_token=end, seed=arguments.seed)
     prompt = tokenizer.encode(arguments.text).token_ids[:-1]  # without the [SEP]

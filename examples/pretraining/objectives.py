@@ -8,6 +8,7 @@ The prefix ends at a place drawn evenly among those of the row, anew in every ep
 with an encoder reads it there, with padding behind, and the rest as the text of its decoder.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import keras
@@ -95,11 +96,12 @@ def build_model(sizes: dict[str, Any], family: str, task: str) -> keras.Model:
             return keras.Model(model.inputs, model.outputs[1])
     except ValueError as error:
         raise UserError(f"{error}") from error
-    inputs, token_embedding, hidden = transformer.trunk()
+    trunk = transformer.trunk()
     length = sizes["max_position_embeddings"]
     positions = keras.Input((places(length),), dtype="int32", name="positions")
-    hidden = ops.take_along_axis(hidden, positions[:, :, None], axis=1)
-    return keras.Model([*inputs, positions], transformer.mlm(hidden, token_embedding))
+    hidden = ops.take_along_axis(trunk.hidden, positions[:, :, None], axis=1)
+    logits = transformer.mlm(dataclasses.replace(trunk, hidden=hidden))
+    return keras.Model([*trunk.inputs, positions], logits)
 
 
 def application(family: str, task: str) -> dict[str, str]:

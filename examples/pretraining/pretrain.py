@@ -61,7 +61,7 @@ def pretrain(config: dict[str, Any], run: RunDirectory) -> None:
             steps = range(step, min(step + config["save_every"], config["steps"]))
             history.append(train_steps(model, Batches(train, steps), held_out, bar))
             console.print(told(history[-1], config), highlight=False, soft_wrap=True)
-            save_transformer_model(model, run / "model", sizes, config["family"])
+            save_transformer_model(model, run / "model")
             save(model, history, run)
     run.write_json("result.json", history[-1])
     (run / "text.npz").unlink(missing_ok=True)

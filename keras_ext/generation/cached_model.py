@@ -18,7 +18,7 @@ import keras
 from keras import ops
 
 from keras_ext import layers
-from keras_ext.models.bert import PrefixMask
+from keras_ext.layers import PrefixMask
 from keras_ext.numerics import at_least_float32
 
 

@@ -9,6 +9,7 @@ from keras_ext.layers.attention.favor import (
 )
 from keras_ext.layers.attention.feature_sums import linear_attention
 from keras_ext.layers.attention.gated import GatedAttentionBlock, GatedAttentionUnit
+from keras_ext.layers.attention.hwfa import hwfa_layers
 from keras_ext.layers.attention.linear import LinearAttention
 from keras_ext.layers.attention.multi_head import MultiHeadAttention
 from keras_ext.layers.attention.polynomial import PolynomialAttention, polynomial_features
@@ -16,6 +17,7 @@ from keras_ext.layers.attention.positions import RotaryPosition, rotary_embeddin
 from keras_ext.layers.attention.relative import RelativePosition, T5Bias
 from keras_ext.layers.attention.rerope import ReRoPE
 from keras_ext.layers.bias import Bias
+from keras_ext.layers.blocks import blocks
 from keras_ext.layers.cosine import CosineDense, cosine_scores
 from keras_ext.layers.crf import CRF
 from keras_ext.layers.embeddings import PositionEmbedding, SegmentEmbedding, TokenEmbedding
@@ -35,6 +37,8 @@ from keras_ext.layers.linear_chain import (
     crf_path_score,
 )
 from keras_ext.layers.norms import ConditionalLayerNormalization, RMSNorm
+from keras_ext.layers.other_tokens import OtherTokens
+from keras_ext.layers.segment_mask import PrefixMask
 from keras_ext.layers.theseus import TheseusModule
 from keras_ext.layers.transformer import FeedForward, TransformerBlock, gelu_tanh
 from keras_ext.layers.with_mask import WithMask
@@ -54,8 +58,10 @@ __all__ = [
     "GradientReversal",
     "LinearAttention",
     "MultiHeadAttention",
+    "OtherTokens",
     "PolynomialAttention",
     "PositionEmbedding",
+    "PrefixMask",
     "RMSNorm",
     "ReRoPE",
     "RelativePosition",
@@ -66,6 +72,7 @@ __all__ = [
     "TokenEmbedding",
     "TransformerBlock",
     "WithMask",
+    "blocks",
     "cosine_scores",
     "crf_decode",
     "crf_log_partition",
@@ -75,6 +82,7 @@ __all__ = [
     "dot_product_attention",
     "gelu_tanh",
     "gradient_only",
+    "hwfa_layers",
     "linear_attention",
     "mask_spans",
     "masks",

@@ -8,6 +8,8 @@ weights): logits = h E_tokenᵀ.
 Source: Devlin et al. 2018, arXiv 1810.04805; Press & Wolf 2016, arXiv 1608.05859.
 """
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -21,8 +23,11 @@ class TokenEmbedding(keras.layers.Embedding):
         layer(ids) = E[ids],    layer(hidden, reverse=True) = hidden Eᵀ
 
     Args:
-        *args, **kwargs: those of `keras.layers.Embedding`. With `mask_zero=True` id 0 is
-            padding, and masked.
+        *args, **kwargs: those of `keras.layers.Embedding`. With `mask_zero=True` padding is
+            masked.
+        padding_id: the id of padding. Default: 0.
+        architecture: of the model that the layer is in, as JSON takes it; nothing is made of
+            it here (see `models.family_of`). Default: None.
 
     Call arguments:
         inputs: integers (batch, length), or with `reverse` (batch, length, output_dim).
@@ -36,6 +41,26 @@ class TokenEmbedding(keras.layers.Embedding):
         (1, 3, 100)
     """
 
+    def __init__(
+        self,
+        *args: Any,
+        padding_id: int = 0,
+        architecture: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.padding_id = padding_id
+        self.architecture = architecture
+
+    @property
+    def architecture(self) -> Any:
+        return json.loads(self._architecture)
+
+    @architecture.setter
+    def architecture(self, architecture: Mapping[str, Any] | None) -> None:
+        # As text, for which Keras does not look into it for layers to track.
+        self._architecture = json.dumps(architecture)
+
     def call(self, inputs: Any, reverse: bool = False) -> Any:
         if not reverse:
             return super().call(inputs)
@@ -47,7 +72,7 @@ class TokenEmbedding(keras.layers.Embedding):
         # Keras does not say here whether the call was reversed, but only hidden states float.
         if keras.backend.is_float_dtype(inputs.dtype):
             return mask
-        return super().compute_mask(inputs, mask)
+        return ops.not_equal(inputs, self.padding_id) if self.mask_zero else None
 
     def compute_output_shape(self, input_shape: tuple, reverse: bool = False) -> tuple:
         if reverse:
@@ -57,6 +82,13 @@ class TokenEmbedding(keras.layers.Embedding):
     def compute_output_spec(self, inputs: Any, reverse: bool = False) -> keras.KerasTensor:
         shape = self.compute_output_shape(inputs.shape, reverse)
         return keras.KerasTensor(shape, dtype=self.compute_dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "padding_id": self.padding_id,
+            "architecture": self.architecture,
+        }
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")

@@ -3,19 +3,19 @@
 from keras_ext.models.albert import ALBERT
 from keras_ext.models.bert import BERT
 from keras_ext.models.build import (
-    FAMILIES,
     build_transformer_model,
     load_checkpoint,
     save_transformer_model,
 )
 from keras_ext.models.checkpoints import CheckpointReport
 from keras_ext.models.electra import ELECTRA, ELECTRAGenerator
+from keras_ext.models.family import FAMILIES, Family, Trunk, family_of
 from keras_ext.models.gau_alpha import GAUAlpha
 from keras_ext.models.gpt import GPT
 from keras_ext.models.gpt2 import GPT2
 from keras_ext.models.gpt2_ml import GPT2ML
 from keras_ext.models.hub import download_model
-from keras_ext.models.hwfa import hwfa_layers
+from keras_ext.models.modernbert import ModernBERT
 from keras_ext.models.nezha import NEZHA
 from keras_ext.models.roformer import RoFormer
 from keras_ext.models.roformer_v2 import RoFormerV2
@@ -29,7 +29,7 @@ from keras_ext.models.surgery import (
     share_blocks,
 )
 from keras_ext.models.t5 import MT5, T5
-from keras_ext.models.tta import TTA
+from keras_ext.models.tta import TTA, pseudo_log_likelihoods
 
 __all__ = [
     "ALBERT",
@@ -45,15 +45,19 @@ __all__ = [
     "TTA",
     "CheckpointReport",
     "ELECTRAGenerator",
+    "Family",
     "GAUAlpha",
+    "ModernBERT",
     "RoFormer",
     "RoFormerV2",
+    "Trunk",
     "build_transformer_model",
     "condition_norms",
     "download_model",
     "extend_positions",
-    "hwfa_layers",
+    "family_of",
     "load_checkpoint",
+    "pseudo_log_likelihoods",
     "rename_layers",
     "replace_attention",
     "save_transformer_model",

@@ -70,20 +70,16 @@ FIRST_GROUP = {r"(group_|groups\.)\d+": r"\g<1>0"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ALBERT(BERT):
+class ALBERT(BERT, family="albert"):
     """The sizes of an ALBERT.
-
-    Raises:
-        ValueError: as of `BERT`, or there are more groups than layers.
 
     Example:
         >>> model = build_transformer_model("bert_config.json", model="albert")
     """
 
     embedding_size: int | None = 128
-    num_hidden_groups: int = 1
+    num_hidden_groups: int | None = 1
 
-    family: ClassVar[str] = "albert"
     implied: ClassVar[Mapping[str, Any]] = {
         **IMPLIED,
         "position_embedding_type": "absolute",
@@ -103,22 +99,9 @@ class ALBERT(BERT):
     }
     narrow_embeddings: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.num_hidden_groups <= self.num_hidden_layers:
-            raise ValueError(
-                f"num_hidden_groups must be from 1 to num_hidden_layers="
-                f"{self.num_hidden_layers}, got {self.num_hidden_groups}."
-            )
-
-    def encode(self, hidden: Any, **pattern: Any) -> Any:
-        """All layers, of which those of a group are the same block."""
-        blocks = [self.block(name=f"encoder_{g}") for g in range(self.num_hidden_groups)]
-        for i in range(self.num_hidden_layers):
-            block = blocks[i * self.num_hidden_groups // self.num_hidden_layers]
-            hidden = block(hidden, **pattern)
-        return hidden
-
     @property
-    def num_blocks(self) -> int:
-        return self.num_hidden_groups
+    def is_known_elsewhere(self) -> bool:
+        # With embeddings of full width transformers projects them all the same.
+        narrow = self.embedding_width != self.hidden_size
+        groups = dataclasses.replace(self, num_hidden_groups=None)
+        return narrow and super(ALBERT, groups).is_known_elsewhere

@@ -1,98 +1,73 @@
 """Build a Transformer by its configuration file, load its checkpoint, save it.
 
 Each family of models is one file: how its configuration is read, what it is built of, and how
-its weights are named in checkpoints.
+its weights are named in checkpoints; see `family.py`.
 """
 
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import keras
 
-from keras_ext.layers import GatedAttentionBlock, TransformerBlock
-from keras_ext.models.albert import ALBERT
-from keras_ext.models.bert import BERT
+from keras_ext.layers.blocks import blocks
 from keras_ext.models.checkpoints import (
     CheckpointReport,
     load_weights,
     save_weights,
     uninitialized,
 )
-from keras_ext.models.electra import ELECTRA, ELECTRAGenerator
-from keras_ext.models.gau_alpha import GAUAlpha
-from keras_ext.models.gpt import GPT
-from keras_ext.models.gpt2 import GPT2
-from keras_ext.models.gpt2_ml import GPT2ML
+from keras_ext.models.family import OURS, Family, family_of, known_family
+from keras_ext.models.graphs import check_graph
 from keras_ext.models.hub import download_model, is_repository
-from keras_ext.models.nezha import NEZHA
-from keras_ext.models.roformer import RoFormer
-from keras_ext.models.roformer_v2 import RoFormerV2
-from keras_ext.models.t5 import MT5, T5
-
-# What `model` may be -> the sizes of such a model, and how it is built.
-FAMILIES: dict[str, type[BERT]] = {
-    "albert": ALBERT,
-    "bert": BERT,
-    "electra": ELECTRA,
-    "electra_generator": ELECTRAGenerator,
-    "gau_alpha": GAUAlpha,
-    "gpt2": GPT2,
-    "gpt2_ml": GPT2ML,
-    "mt5": MT5,
-    "nezha": NEZHA,
-    "openai-gpt": GPT,
-    "roformer": RoFormer,
-    "roformer_v2": RoFormerV2,
-    "t5": T5,
-}
 
 CONFIG_FILES = ("bert_config.json", "config.json")
 
 
 def build_transformer_model(
     config: str | os.PathLike | Mapping[str, Any],
-    checkpoint: str | os.PathLike | None = None,
-    model: str | None = None,
+    checkpoint: str | os.PathLike | None = "auto",
+    model: str | type[Family] | None = None,
     *,
-    with_mlm: bool = False,
-    with_nsp: bool = False,
-    with_pool: bool = False,
-    with_discriminator: bool = False,
     application: str | None = None,
     dropout: float | None = None,
     attention_dropout: float | None = None,
     recompute: bool = False,
+    custom_position_ids: bool | None = None,
+    **heads: bool,
 ) -> keras.Model:
     """Build a Transformer as a functional Keras model and load its checkpoint.
 
     The model maps `[token_ids, segment_ids]`, int32 of (batch, length), where token id 0 is
     padding and masked, to the last hidden states (batch, length, hidden), or to a list: those,
-    then the outputs of the heads asked for, in the order of the arguments. GPTs have no
-    segments and no padding, T5s no segments, but `decoder_token_ids` (see `T5`).
+    then the outputs of the heads asked for, in the order below. GPTs have no segments and no
+    padding, ModernBERTs no segments, T5s neither, but `decoder_token_ids` (see `T5`).
+
+        with_mlm              logits of the masked language model, or of the next token,
+                              (batch, length, vocabulary)
+        with_nsp              logits of next-sentence prediction, of ALBERT of the order of
+                              sentences, (batch, 2)
+        with_pool             the pooled first token, (batch, hidden)
+        with_discriminator    logits of ELECTRA, positive where a token is replaced,
+                              (batch, length)
 
     Under the policies mixed_bfloat16 and mixed_float16 the hidden states, of about unit size,
     are within 0.1 and 0.02 of those in float32 (small random models of every kind).
 
     Args:
         config: a JSON file, a directory with `bert_config.json` or `config.json`, the id of a
-            repository of huggingface.co (see `download_model`), or a dict.
+            repository of huggingface.co or a name that it knows (see `download_model`), or a
+            dict.
         checkpoint: prefix or directory of a TensorFlow checkpoint, directory or repository of
-            a Hugging Face model with safetensors. Default: fresh weights.
+            a Hugging Face model with safetensors; None for fresh weights. Default: "auto", the
+            weights in the directory or repository of `config`; fresh ones for a file or dict.
         model: the family: "albert", "bert" (also RoBERTa-wwm, MacBERT, RBT3), "electra",
-            "electra_generator", "gau_alpha", "gpt2" (also CPM), "gpt2_ml", "mt5", "nezha",
-            "openai-gpt", "roformer", "roformer_v2" or "t5". Default: the `model_type` of the
-            configuration, or "bert" where it has none.
-        with_mlm: add the logits of the masked language model, or of the next token,
-            (batch, length, vocabulary).
-        with_nsp: add the logits of next-sentence prediction, of ALBERT of the order of
-            sentences, (batch, 2).
-        with_pool: add the pooled first token, (batch, hidden).
-        with_discriminator: add the logits of ELECTRA, positive where a token is replaced,
-            (batch, length).
+            "electra_generator", "gau_alpha", "gpt2" (also CPM), "gpt2_ml", "modernbert", "mt5",
+            "nezha", "openai-gpt", "roformer", "roformer_v2", "t5" or "tta", or a subclass of
+            `Family`. Default: what the configuration says, or "bert" where it says nothing.
         application: "encoder", "lm" (tokens see no later ones) or "unilm" (nor do those of
             segment 1; those of segment 0 see each other); of a GPT "lm"; of a T5 "seq2seq",
             "encoder" or "decoder". Default: that of the configuration, or the first of these.
@@ -100,6 +75,9 @@ def build_transformer_model(
         attention_dropout: rate on attention weights. Default: that of the configuration.
         recompute: gradient checkpointing, as of `TransformerBlock`, in all blocks. Default:
             False.
+        custom_position_ids: a further input `position_ids`, int32 (batch, length), the last of
+            them, says where tokens stand. Default: that of the configuration, or False.
+        **heads: which of the heads above to add. Default: none.
 
     Returns:
         A `keras.Model`; with a checkpoint, `model.checkpoint_report` tells what became of every
@@ -108,47 +86,42 @@ def build_transformer_model(
     Raises:
         ValueError: the family is unknown or has no such head, the configuration is incomplete
             or not of this family, or the checkpoint does not fit.
+        TypeError: no family has such a head.
         FileNotFoundError: configuration or checkpoint is absent.
         OSError: a repository cannot be reached.
 
     Example:
-        >>> directory = "chinese_L-12_H-768_A-12"
-        >>> bert = build_transformer_model(directory, directory, with_pool=True)
+        >>> bert = build_transformer_model("chinese_L-12_H-768_A-12", with_pool=True)
         >>> hidden, pooled = bert([token_ids, segment_ids])
     """
-    config = _read_config(config)
-    family = _family(model or config.get("model_type") or "bert").from_config(config)
-    asked = {
-        "with_mlm": with_mlm,
-        "with_nsp": with_nsp,
-        "with_pool": with_pool,
-        "with_discriminator": with_discriminator,
+    place = config if isinstance(config, Mapping) else _local(config)
+    config = _read_config(place)
+    if checkpoint == "auto":
+        alone = isinstance(place, Mapping) or not Path(place).is_dir()
+        checkpoint = None if alone else place
+    family = _family(model, config).from_config(config)
+    options = {
+        "application": application,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": attention_dropout,
+        "custom_position_ids": custom_position_ids,
     }
-    heads = {head: True for head, wanted in asked.items() if wanted}
-    _check_heads(family, heads)
-    if application is not None:
-        family = dataclasses.replace(family, application=application)
-    if dropout is not None:
-        family = dataclasses.replace(family, hidden_dropout_prob=dropout)
-    if attention_dropout is not None:
-        family = dataclasses.replace(family, attention_probs_dropout_prob=attention_dropout)
+    given = {name: value for name, value in options.items() if value is not None}
+    family = dataclasses.replace(family, **given)
     if checkpoint is None:
-        transformer = family.build(name=None, **heads)
+        transformer = family.build(**heads)
     else:
         checkpoint = _local(checkpoint)
         with uninitialized():
-            transformer = family.build(name=None, **heads)
+            transformer = family.build(**heads)
             report = load_weights(transformer, checkpoint, family.names)
         transformer.checkpoint_report = report
-    for block in transformer.layers:
-        if isinstance(block, (TransformerBlock, GatedAttentionBlock)):
-            block.recompute = recompute
+    for block in blocks(transformer) if recompute else []:
+        block.recompute = True
     return transformer
 
 
-def load_checkpoint(
-    model: keras.Model, checkpoint: str | os.PathLike, family: str = "bert"
-) -> CheckpointReport:
+def load_checkpoint(model: keras.Model, checkpoint: str | os.PathLike) -> CheckpointReport:
     """Load a checkpoint into a model that was built here, or around one that was.
 
     Weights are found by the names of their layers, so further layers may have been added.
@@ -156,13 +129,12 @@ def load_checkpoint(
     Args:
         model: the model; nothing of it is changed where an error is raised.
         checkpoint: as in `build_transformer_model`.
-        family: whose names the weights have. Default: "bert".
 
     Returns:
         The `CheckpointReport` of everything loaded, ignored and fresh.
 
     Raises:
-        ValueError: shapes differ, nothing fits, or the family is unknown.
+        ValueError: shapes differ, nothing fits, or the model is of no family (`family_of`).
         FileNotFoundError: the checkpoint is absent.
 
     Example:
@@ -171,39 +143,34 @@ def load_checkpoint(
         bert_model.ckpt: 21 weights loaded, 2 variables ignored, 0 weights fresh
           ignored 2: not in the model
     """
-    return load_weights(model, _local(checkpoint), _family(family).names)
+    return load_weights(model, _local(checkpoint), family_of(model).names)
 
 
-def save_transformer_model(
-    model: keras.Model,
-    directory: str | os.PathLike,
-    config: str | os.PathLike | Mapping[str, Any],
-    family: str = "bert",
-) -> None:
+def save_transformer_model(model: keras.Model, directory: str | os.PathLike) -> None:
     """Write a model as a Hugging Face directory: `model.safetensors` and `config.json`.
 
-    `build_transformer_model(directory, directory)` reads it, and so does `transformers`. Each
-    file is replaced when its successor is complete, so that a crash leaves none half-written.
+    `build_transformer_model(directory)` reads it, and so does `transformers`, if its
+    configurations can say what the model is. Where they cannot (a language model or UniLM of an
+    encoder's weights, another attention, shared blocks), `model_type` is one of ours, which
+    transformers refuses. Each file is replaced when its successor is complete, so that a crash
+    leaves none half-written.
 
     Args:
-        model: a model that was built here, with any heads, or one of its layers. Weights are
-            written in the dtype they have.
+        model: a model that was built here, with any heads of its family, also after surgery.
+            Weights are written in the dtype they have.
         directory: where to; made if need be.
-        config: what the model was built by, as in `build_transformer_model`.
-        family: whose names the weights have. Default: "bert".
 
     Raises:
         ImportError: `safetensors` is not installed.
-        ValueError: the model has weights that no layer of the family has, its sizes are not
-            those of the configuration, or the directory holds files that are read instead.
+        ValueError: the model has weights that no layer of the family has, or is not what the
+            family builds from its sizes, or the directory holds files that are read instead.
 
     Example:
         >>> bert = build_transformer_model("bert_config.json")
-        >>> save_transformer_model(bert, "saved", "bert_config.json")
-        >>> same = build_transformer_model("saved", "saved")
+        >>> save_transformer_model(bert, "saved")
+        >>> same = build_transformer_model("saved")
     """
-    sizes = _family(family).from_config(_read_config(config))
-    _check_sizes(model, sizes)
+    sizes = family_of(model)
     directory = Path(directory)
     first, name = CONFIG_FILES
     if (directory / first).exists():
@@ -211,6 +178,7 @@ def save_transformer_model(
             f"{directory} holds {first}, which would be read instead of what is saved now. "
             "Give another directory."
         )
+    check_graph(model, sizes)
     directory.mkdir(parents=True, exist_ok=True)
     save_weights(model, directory, sizes.names["huggingface"])
     partial = directory / f"partial-{name}"
@@ -218,32 +186,15 @@ def save_transformer_model(
     os.replace(partial, directory / name)
 
 
-def _check_heads(family: BERT, heads: Iterable[str]) -> None:
-    for head in heads:
-        if head not in family.heads:
-            raise ValueError(
-                f"{type(family).__name__} has no head for {head}. It has: "
-                f"{', '.join(family.heads)}."
-            )
-
-
-def _check_sizes(model: keras.Model, sizes: BERT) -> None:
-    shapes = {weight.path: tuple(weight.shape) for weight in model.weights}
-    stated = sizes.shapes()
-    kernel, _ = sizes.block_kernel()
-    blocks = {path for path in shapes if path.endswith(kernel)}
-    for path in sorted(stated.keys() | blocks):
-        if shapes.get(path) != stated.get(path):
-            raise ValueError(
-                f"config must be that of the model, got {path} of {stated.get(path)} in the "
-                f"configuration and {shapes.get(path)} in the model."
-            )
-
-
-def _family(name: str) -> type[BERT]:
-    if name not in FAMILIES:
-        raise ValueError(f"Unknown family {name!r}. Known: {', '.join(sorted(FAMILIES))}.")
-    return FAMILIES[name]
+def _family(model: str | type[Family] | None, config: Mapping[str, Any]) -> type[Family]:
+    if isinstance(model, type):
+        if not issubclass(model, Family):
+            raise TypeError(f"model must be a name or a subclass of Family, got {model!r}.")
+        return model
+    if model is not None:
+        return known_family(model)
+    family = known_family(str(config.get("model_type") or "bert").removeprefix(OURS))
+    return family.for_architectures(config.get("architectures") or ())
 
 
 def _local(path: str | os.PathLike) -> str | os.PathLike:
@@ -254,7 +205,7 @@ def _local(path: str | os.PathLike) -> str | os.PathLike:
 def _read_config(config: str | os.PathLike | Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
         return config
-    path = Path(_local(config))
+    path = Path(config)
     if path.is_dir():
         present = [path / name for name in CONFIG_FILES if (path / name).is_file()]
         if not present:

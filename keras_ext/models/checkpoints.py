@@ -8,7 +8,7 @@ A table maps the path of a model weight to the name of a checkpoint variable:
 
 `{i}` stands for the number of a block (`{i:03d}` for one of three digits), a final `.T` says
 that the checkpoint holds the transposed matrix, a final `[1/3]` that the weight is the second
-of three parts of what it holds, along the last axis. Every checkpoint variable is then either
+of three parts of that, along the last axis. Every checkpoint variable is then either
 loaded or ignored with a reason, every model weight either loaded or fresh. Everything is
 checked before anything is assigned. Saving goes the other way, with the same table: a weight
 that it does not name is an error.
@@ -62,34 +62,71 @@ class NameTable:
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fallbacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def source(self, path: str) -> tuple[str | None, bool]:
-        """The checkpoint's name of a model weight, perhaps of a part like `[1/3]`, and whether
-        it is stored transposed."""
+    def source(self, path: str) -> "Source | None":
+        """Where a model weight is in a checkpoint; None where it has no name."""
         name = self.weights.get(BLOCK.sub("{i}", path, count=1))
         if name is None:
-            return None, False
+            return None
         block = BLOCK.search(path)
-        name, transposed = name.removesuffix(".T"), name.endswith(".T")
-        return (name.format(i=int(block[0])) if block else name), transposed
+        return Source.parse(name.format(i=int(block[0])) if block else name)
 
     def canonical(self, name: str) -> str:
         """The name of a checkpoint variable as the table spells it."""
         return _replaced(name, self.renamed)
 
-    def fallback(self, name: str) -> str:
-        """The variable to read in the place of one that the checkpoint lacks."""
-        return _replaced(name, self.fallbacks)
+    def fallback(self, source: "Source") -> "Source":
+        """What to read in the place of what the checkpoint lacks."""
+        return Source.parse(_replaced(str(source), self.fallbacks))
 
     def reason_to_ignore(self, name: str) -> str:
         """Why no weight of the model asked for this variable."""
         for pattern, reason in self.ignored.items():
             if re.search(pattern, name):
                 return reason
-        known = {
-            NUMBER.sub("{i}", PART.sub("", source.removesuffix(".T")))
-            for source in self.weights.values()
-        }
+        known = {NUMBER.sub("{i}", Source.parse(name).name) for name in self.weights.values()}
         return "not in the model" if BLOCK.sub("{i}", name, count=1) in known else "unknown"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint variable, or the part of one, that is a weight.
+
+    Args:
+        name: of the variable.
+        transposed: whether it is the matrix of the weight transposed.
+        part: which part of how many, along the last axis of what is not transposed any more.
+    """
+
+    name: str
+    transposed: bool = False
+    part: tuple[int, int] | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Source":
+        """Read `name`, `name.T`, `name[1/3]` or `name.T[1/3]`."""
+        found = PART.search(text)
+        text = PART.sub("", text)
+        part = (int(found[1]), int(found[2])) if found else None
+        return cls(text.removesuffix(".T"), text.endswith(".T"), part)
+
+    def __str__(self) -> str:
+        part = "[{}/{}]".format(*self.part) if self.part else ""
+        return self.name + ".T" * self.transposed + part
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """That of the weight, for a variable of this shape."""
+        if len(stored) == 3 and stored[0] == 1:  # OpenAI's
+            stored = stored[1:]
+        stored = stored[::-1] if self.transposed else stored
+        return stored if self.part is None else (*stored[:-1], stored[-1] // self.part[1])
+
+    def read(self, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The weight, of this shape, from the values of the variable."""
+        if self.transposed:
+            stored = stored.T
+        if self.part is not None:
+            stored = np.split(stored, self.part[1], axis=-1)[self.part[0]]
+        return stored.reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,23 +209,28 @@ def load_weights(
         >>> report = load_weights(bert, "bert_model.ckpt", BERT.names)
     """
     reader = open_checkpoint(checkpoint)
+    if reader.format not in tables:
+        raise ValueError(
+            f"{checkpoint} is of the format {reader.format}, in which the weights of "
+            f"{model.name!r} have no names, but only of {', '.join(tables)}."
+        )
     table = tables[reader.format]
     stored = _by_canonical_name(reader.shapes, table)
     plan, fresh, mismatches = [], [], []
     for variable in model.weights:
-        source, transposed = table.source(variable.path)
-        if source is not None and PART.sub("", source) not in stored:
+        source = table.source(variable.path)
+        if source is not None and source.name not in stored:
             source = table.fallback(source)
-        if source is None or PART.sub("", source) not in stored:
+        if source is None or source.name not in stored:
             fresh.append(variable.path)
             continue
-        name, part = stored[PART.sub("", source)], PART.search(source)
-        plan.append((variable, name, part, transposed))
-        if tuple(variable.shape) != _shape(reader.shapes[name], part, transposed):
+        name = stored[source.name]
+        plan.append((variable, name, source))
+        if tuple(variable.shape) != source.shape(reader.shapes[name]):
             mismatches.append(
                 f"  {variable.path} {tuple(variable.shape)} <- {name} {reader.shapes[name]}"
-                + (f", part {part[0]}" if part else "")
-                + (" transposed" if transposed else "")
+                + (" transposed" if source.transposed else "")
+                + (", part [{}/{}]".format(*source.part) if source.part else "")
             )
     if mismatches:
         raise ValueError(
@@ -200,9 +242,9 @@ def load_weights(
             f"{checkpoint} shares no variable with the model {model.name!r}: it holds "
             f"{_some(reader.shapes)}, the model {_some(fresh)}."
         )
-    for variable, name, part, transposed in plan:
-        _assign(variable, functools.partial(_read, reader, name, part, transposed))
-    loaded = {variable.path: name for variable, name, _, _ in plan}
+    for variable, name, source in plan:
+        _assign(variable, functools.partial(_read, reader, name, source))
+    loaded = {variable.path: name for variable, name, _ in plan}
     used = set(loaded.values())
     report = CheckpointReport(
         checkpoint=os.fspath(checkpoint),
@@ -241,11 +283,11 @@ def save_weights(model: keras.Model, directory: str | os.PathLike, table: NameTa
     """
     sources, unnamed = [], []
     for variable in model.weights:
-        name, transposed = table.source(variable.path)
-        if name is None:
+        source = table.source(variable.path)
+        if source is None:
             unnamed.append(variable.path)
         else:
-            sources.append((variable, name, transposed))
+            sources.append((variable, source))
     if unnamed:
         raise ValueError(
             f"The model {model.name!r} has weights that this format has no name for: "
@@ -253,17 +295,18 @@ def save_weights(model: keras.Model, directory: str | os.PathLike, table: NameTa
             "hidden) with the tensor `hidden` that they are applied to."
         )
     tensors: dict[str, np.ndarray] = {}
-    parts: dict[str, dict[int, np.ndarray]] = {}
-    for variable, name, transposed in sources:
+    parts: dict[tuple[str, int], dict[int, np.ndarray]] = {}
+    for variable, source in sources:
         values = keras.ops.convert_to_numpy(variable)
-        part = PART.search(name)
-        if part is not None:
-            parts.setdefault(PART.sub("", name), {})[int(part[1])] = values
-        else:
+        axis = 0 if source.transposed else -1
+        values = values.T if source.transposed else values
+        if source.part is None:
             # Contiguous, as safetensors writes the buffer of an array whatever its strides.
-            tensors[name] = np.ascontiguousarray(values.T if transposed else values)
-    for name, found in parts.items():
-        tensors[name] = np.concatenate([found[i] for i in sorted(found)], axis=-1)
+            tensors[source.name] = np.ascontiguousarray(values)
+        else:
+            parts.setdefault((source.name, axis), {})[source.part[0]] = values
+    for (name, axis), found in parts.items():
+        tensors[name] = np.concatenate([found[i] for i in sorted(found)], axis=axis)
     write_huggingface_checkpoint(directory, tensors)
 
 
@@ -284,27 +327,14 @@ def _by_canonical_name(names: Iterable[str], table: NameTable) -> dict[str, str]
     return stored
 
 
-def _shape(stored: tuple[int, ...], part: re.Match | None, transposed: bool) -> tuple[int, ...]:
-    """That of a weight made of a variable of this shape."""
-    if part is not None:
-        stored = (*stored[:-1], stored[-1] // int(part[2]))
-    if len(stored) == 3 and stored[0] == 1:
-        stored = stored[1:]
-    return stored[::-1] if transposed else stored
-
-
 def _read(
     reader: TensorFlowCheckpoint | HuggingFaceCheckpoint,
     name: str,
-    part: re.Match | None,
-    transposed: bool,
+    source: Source,
     shape: tuple[int, ...],
 ) -> np.ndarray:
     """The values of a weight of this shape."""
-    values = reader.read(name)
-    if part is not None:
-        values = np.split(values, int(part[2]), axis=-1)[int(part[1])]
-    values = values.T if transposed else values.reshape(shape)  # OpenAI's are (1, ...)
+    values = source.read(reader.read(name), shape)
     # The copy detaches the weight from the mapped file; half precisions go through float32,
     # which every backend takes from NumPy.
     copy = _aligned(values.shape, np.promote_types(values.dtype, np.float32))
@@ -342,6 +372,15 @@ def uninitialized() -> Iterator[None]:
     finally:
         with keras.StatelessScope():  # at its end Keras initializes all that have no value
             pass
+
+
+def skeleton(build: Callable[[], keras.Model]) -> keras.Model:
+    """The model that this builds, for its layers: its weights are zeros, which cost nothing."""
+    with uninitialized():
+        model = build()
+        for variable in model.variables:
+            _assign(variable, np.zeros)
+    return model
 
 
 def _some(names: Iterable[str]) -> str:

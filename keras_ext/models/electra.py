@@ -10,14 +10,12 @@ Source: Clark et al. 2020, arXiv 2003.10555; github.com/google-research/electra.
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from keras import ops
 
-from keras_ext import layers
 from keras_ext.models.bert import (
-    ACTIVATIONS,
     BERT,
     BLOCKS,
     DENSE,
@@ -28,6 +26,7 @@ from keras_ext.models.bert import (
     tensorflow_names,
 )
 from keras_ext.models.checkpoints import NameTable
+from keras_ext.models.family import Trunk
 
 TRUNK = (*EMBEDDINGS, ("embedding_projection", "bert/embeddings_project", DENSE), *BLOCKS)
 GENERATOR_HEAD = (
@@ -49,14 +48,14 @@ def _of_generator(table: NameTable) -> NameTable:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ELECTRA(BERT):
+class ELECTRA(BERT, family="electra"):
     """The sizes of an ELECTRA discriminator. Its only head is `with_discriminator`.
 
     Example:
         >>> model = build_transformer_model("bert_config.json", model="electra")
     """
 
-    family: ClassVar[str] = "electra"
+    architectures: ClassVar[tuple[str, ...]] = ("ElectraForPreTraining",)
     implied: ClassVar[Mapping[str, Any]] = {**IMPLIED, "position_embedding_type": "absolute"}
     names: ClassVar[Mapping[str, NameTable]] = {
         "tensorflow": tensorflow_names(
@@ -80,29 +79,26 @@ class ELECTRA(BERT):
             model="electra",
         ),
     }
-    heads: ClassVar[tuple[str, ...]] = ("with_discriminator",)
+    heads: ClassVar[Mapping[str, str]] = {"with_discriminator": "discriminator"}
     narrow_embeddings: ClassVar[bool] = True
 
-    def head_outputs(
-        self, wanted: Collection[str], hidden: Any, token_embedding: layers.TokenEmbedding
-    ) -> list[Any]:
-        outputs = super().head_outputs(wanted, hidden, token_embedding)
-        if "with_discriminator" in wanted:
-            activation = ACTIVATIONS[self.hidden_act]
-            x = self.dense(self.hidden_size, "discriminator_dense", activation)(hidden)
-            x = self.dense(1, "discriminator_prediction")(x)
-            outputs.append(ops.squeeze(x, -1))  # (batch, length)
-        return outputs
+    def discriminator(self, trunk: Trunk) -> Any:
+        """Logits, positive where a token is replaced, (batch, length)."""
+        dense = self.dense(self.hidden_size, "discriminator_dense", activation=self.activation)
+        logits = self.dense(1, "discriminator_prediction")(dense(trunk.hidden))
+        return ops.squeeze(logits, -1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ELECTRAGenerator(ELECTRA):
+class ELECTRAGenerator(ELECTRA, family="electra_generator"):
     """The sizes of an ELECTRA generator. Its only head is `with_mlm`.
 
     Example:
         >>> model = build_transformer_model("bert_config.json", model="electra_generator")
     """
 
+    model_type: ClassVar[str] = "electra"  # and another one of its architectures
+    architectures: ClassVar[tuple[str, ...]] = ("ElectraForMaskedLM",)
     names: ClassVar[Mapping[str, NameTable]] = {
         "tensorflow": _of_generator(
             tensorflow_names(
@@ -115,4 +111,4 @@ class ELECTRAGenerator(ELECTRA):
             model="electra",
         ),
     }
-    heads: ClassVar[tuple[str, ...]] = ("with_mlm",)
+    heads: ClassVar[Mapping[str, str]] = {"with_mlm": "mlm"}

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from keras_ext import layers
-from keras_ext.models.bert import ACTIVATIONS, Layers, huggingface_names, tensorflow_names
+from keras_ext.models.bert import Layers, huggingface_names, tensorflow_names
 from keras_ext.models.checkpoints import NameTable
 from keras_ext.models.roformer_v2 import TABLES, RoFormerV2
 
@@ -29,7 +29,7 @@ def _units(scope: str) -> Layers:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GAUAlpha(RoFormerV2):
+class GAUAlpha(RoFormerV2, family="gau_alpha"):
     """The sizes of a GAU-alpha: `attention_key_size` is the width of queries and keys, all
     units have one head. Its only head for tasks is `with_mlm`.
 
@@ -43,18 +43,17 @@ class GAUAlpha(RoFormerV2):
     attention_key_size: int = 128
     hidden_act: str = "swish"
 
-    family: ClassVar[str] = "gau_alpha"
     names: ClassVar[Mapping[str, NameTable]] = {
         "tensorflow": tensorflow_names((*TABLES, *_units("GAU_alpha"))),
         "huggingface": huggingface_names((*TABLES, *_units("bert")), model="gau_alpha"),
     }
 
-    def block(self, name: str) -> layers.GatedAttentionBlock:
+    def block(self, side: str, number: int) -> layers.GatedAttentionBlock:
         return layers.GatedAttentionBlock(
             layers.GatedAttentionUnit(
                 self.intermediate_size,
                 self.attention_key_size,
-                activation=ACTIVATIONS[self.hidden_act],
+                activation=self.activation,
                 dropout=self.attention_probs_dropout_prob,
                 position=self.position(),
                 causal=self.application == "lm",
@@ -63,13 +62,9 @@ class GAUAlpha(RoFormerV2):
             ),
             dropout=self.hidden_dropout_prob,
             norm=self.norm(),
-            name=name,
+            name=f"{side}_{number}",
         )
 
     @property
     def gain(self) -> float:
         return self.num_hidden_layers ** (-2 / 3)
-
-    def block_kernel(self) -> tuple[str, tuple[int, int]]:
-        width = 2 * self.intermediate_size + self.attention_key_size
-        return "attention/input_dense/kernel", (self.hidden_size, width)

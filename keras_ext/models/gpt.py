@@ -13,13 +13,13 @@ Names in TensorFlow checkpoints are those of bert4keras's conversions.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import keras
 
-from keras_ext import layers
-from keras_ext.models.bert import BERT, BLOCKS, EMBEDDINGS, tensorflow_names
+from keras_ext.models.bert import BLOCKS, EMBEDDINGS, tensorflow_names
 from keras_ext.models.checkpoints import NameTable
+from keras_ext.models.family import Family, Sizes, Trunk
 
 # Field -> its name in Hugging Face configurations.
 FIELDS = {
@@ -82,11 +82,9 @@ def conversion_names(rows: Any) -> NameTable:
 
 TABLES = tuple(row for row in EMBEDDINGS if row[0] in ("token_embedding", "position_embedding"))
 
-Sizes = TypeVar("Sizes", bound="GPT")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GPT(BERT):
+class GPT(Family, family="openai-gpt"):
     """The sizes of a GPT. Its only head is `with_mlm`, the logits of the next token.
 
     Configurations may name the fields as BERT's or as Hugging Face's do, such as `n_embd`.
@@ -102,8 +100,9 @@ class GPT(BERT):
     hidden_act: str = "gelu_new"
     layer_norm_eps: float = 1e-5
     application: str = "lm"
+    max_position_embeddings: int = 512
+    initializer_range: float = 0.02
 
-    family: ClassVar[str] = "openai-gpt"
     implied: ClassVar[Mapping[str, Any]] = {"tie_word_embeddings": True}
     fields: ClassVar[Mapping[str, str]] = FIELDS
     activations: ClassVar[Mapping[str, str]] = {"gelu": "gelu_new"}  # which OpenAI calls gelu
@@ -117,47 +116,32 @@ class GPT(BERT):
             },
         ),
     }
-    heads: ClassVar[tuple[str, ...]] = ("with_mlm",)
+    heads: ClassVar[Mapping[str, str]] = {"with_mlm": "mlm"}
     applications: ClassVar[tuple[str, ...]] = ("lm",)
 
     @classmethod
     def from_config(cls: type[Sizes], config: Mapping[str, Any]) -> Sizes:
-        """Read the fields of Hugging Face or of BERT; see `BERT.from_config`."""
-        ours = {theirs: name for name, theirs in cls.fields.items()}
-        config = {ours.get(key, key): value for key, value in config.items()}
-        if "hidden_act" in config:
-            activation = config["hidden_act"]
-            config["hidden_act"] = cls.activations.get(activation, activation)
-        if config.get("intermediate_size") is None and "hidden_size" in config:
-            config["intermediate_size"] = 4 * config["hidden_size"]
+        """Read the fields of Hugging Face or of BERT; see `Family.from_config`."""
+        width = config.get("hidden_size", config.get(cls.fields["hidden_size"]))
+        inner = [cls.fields.get("intermediate_size"), "intermediate_size"]
+        if width is not None and all(config.get(name) is None for name in inner):
+            config = {**config, "intermediate_size": 4 * width}
         return super().from_config(config)
 
-    def to_config(self) -> dict[str, Any]:
-        config = super().to_config()
-        theirs = {name: activation for activation, name in self.activations.items()}
-        config["hidden_act"] = theirs.get(self.hidden_act, self.hidden_act)
-        return {self.fields.get(key, key): value for key, value in config.items()}
-
-    def trunk(self) -> tuple[list, layers.TokenEmbedding, Any]:
-        """The input, the token embedding, and the last hidden states."""
+    def trunk(self) -> Trunk:
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
-        token_embedding = layers.TokenEmbedding(
-            self.vocab_size,
-            self.hidden_size,
-            embeddings_initializer=self.table_initializer(),
-            name="token_embedding",
-        )
-        hidden = self.encode(self.embed(token_embedding(token_ids)))
-        return [token_ids], token_embedding, hidden
+        positions = self.position_ids()
+        token_embedding = self.token_embedding(mask_zero=False)
+        hidden = self.encode(self.embed(token_embedding(token_ids), positions))
+        return Trunk([token_ids, *positions], token_embedding, hidden)
 
-    def embed(self, hidden: Any) -> Any:
+    def embed(self, hidden: Any, positions: list[Any]) -> Any:
         """Add positions to the embeddings of tokens, drop."""
-        return self.drop(self.add_positions(hidden))
+        return self.drop(self.add_positions(hidden, positions, self.max_position_embeddings))
 
-    def mlm(self, hidden: Any, token_embedding: layers.TokenEmbedding) -> Any:
-        """Logits of the next token."""
-        return token_embedding(hidden, reverse=True)
+    def mlm(self, trunk: Trunk) -> Any:
+        """Logits of the next token, (batch, length, vocab_size)."""
+        return trunk.token_embedding(trunk.hidden, reverse=True)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = super().shapes()
-        return {k: v for k, v in shapes.items() if not k.startswith("segment_embedding/")}
+    def initializer(self) -> keras.initializers.Initializer:
+        return keras.initializers.TruncatedNormal(stddev=self.initializer_range)

@@ -46,7 +46,7 @@ OPENAI = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GPT2(GPT):
+class GPT2(GPT, family="gpt2"):
     """The sizes of a GPT-2, or a CPM; see `GPT`.
 
     Example:
@@ -57,7 +57,6 @@ class GPT2(GPT):
 
     max_position_embeddings: int = 1024
 
-    family: ClassVar[str] = "gpt2"
     implied: ClassVar[Mapping[str, Any]] = {
         "tie_word_embeddings": True,
         "scale_attn_weights": True,
@@ -85,6 +84,6 @@ class GPT2(GPT):
     }
     pre_norm: ClassVar[bool] = True
 
-    def encode(self, hidden: Any, **pattern: Any) -> Any:
+    def encode(self, hidden: Any, side: str = "encoder", **pattern: Any) -> Any:
         """All blocks, and the norm after them."""
-        return self.norm("output_norm")(super().encode(hidden, **pattern))
+        return self.norm("output_norm")(super().encode(hidden, side, **pattern))

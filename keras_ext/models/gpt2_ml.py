@@ -53,7 +53,7 @@ class GroverBlock(TransformerBlock):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GPT2ML(GPT):
+class GPT2ML(GPT, family="gpt2_ml"):
     """The sizes of a GPT2-ML; see `GPT`.
 
     Example:
@@ -65,7 +65,6 @@ class GPT2ML(GPT):
     hidden_act: str = "gelu"
     max_position_embeddings: int = 1024
 
-    family: ClassVar[str] = "gpt2_ml"
     activations: ClassVar[Mapping[str, str]] = {}
     names: ClassVar[Mapping[str, NameTable]] = {
         "tensorflow": NameTable(
@@ -87,9 +86,10 @@ class GPT2ML(GPT):
         ),
     }
 
-    def embed(self, hidden: Any) -> Any:
+    def embed(self, hidden: Any, positions: list[Any]) -> Any:
         """Add positions to the embeddings of tokens, normalise, drop."""
-        return self.drop(self.norm("embedding_norm")(self.add_positions(hidden)))
+        hidden = self.add_positions(hidden, positions, self.max_position_embeddings)
+        return self.drop(self.norm("embedding_norm")(hidden))
 
-    def block(self, name: str) -> GroverBlock:
-        return GroverBlock.from_config(super().block(name).get_config())
+    def block(self, side: str, number: int) -> GroverBlock:
+        return GroverBlock.from_config(super().block(side, number).get_config())

@@ -10,6 +10,14 @@ from pathlib import Path
 from typing import TypeGuard
 
 FILES = ["config.json", "bert_config.json", "tokenizer*.json", "vocab.txt", "*.safetensors*"]
+# Names without an owner that huggingface.co keeps for models that had them before owners did.
+NAMES = {
+    **{f"bert-base-{x}": f"google-bert/bert-base-{x}" for x in ("chinese", "cased", "uncased")},
+    **{f"bert-large-{x}": f"google-bert/bert-large-{x}" for x in ("cased", "uncased")},
+    **{f"albert-{x}-v2": f"albert/albert-{x}-v2" for x in ("base", "large", "xlarge")},
+    **{x: f"openai-community/{x}" for x in ("gpt2", "gpt2-medium", "gpt2-large", "openai-gpt")},
+    **{f"t5-{x}": f"google-t5/t5-{x}" for x in ("small", "base", "large")},
+}
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 ADDRESS = "https://huggingface.co"
 
@@ -21,7 +29,7 @@ def download_model(repository: str) -> Path:
     `HF_TOKEN`, `HF_HUB_OFFLINE`.
 
     Args:
-        repository: its id, such as "hfl/rbt3".
+        repository: its id, such as "hfl/rbt3", or a name such as "bert-base-chinese".
 
     Raises:
         ImportError: `huggingface_hub` is not installed.
@@ -31,11 +39,15 @@ def download_model(repository: str) -> Path:
     Example, which needs the network:
 
         directory = download_model("hfl/rbt3")
-        bert = build_transformer_model(directory, directory)
+        bert = build_transformer_model(directory)
         tokenizer = WordPieceTokenizer(directory / "vocab.txt")
     """
+    repository = NAMES.get(repository, repository)
     if not REPOSITORY.fullmatch(repository):
-        raise ValueError(f"repository must be an id such as 'hfl/rbt3', got {repository!r}.")
+        raise ValueError(
+            f"repository must be an id such as 'hfl/rbt3', or one of {', '.join(NAMES)}, got "
+            f"{repository!r}."
+        )
     try:
         import huggingface_hub
     except ImportError as error:
@@ -64,10 +76,10 @@ def download_model(repository: str) -> Path:
 
 
 def is_repository(name: str | os.PathLike) -> TypeGuard[str]:
-    """Whether this can only mean a repository: owner/model, and neither is a local path."""
-    return (
-        isinstance(name, str)
-        and REPOSITORY.fullmatch(name) is not None
-        and not Path(name).exists()
-        and not Path(name).parent.exists()
+    """Whether this can only mean a repository: owner/model, and neither is a local path, or a
+    name that is no local path."""
+    if not isinstance(name, str) or Path(name).exists():
+        return False
+    return name in NAMES or (
+        REPOSITORY.fullmatch(name) is not None and not Path(name).parent.exists()
     )

@@ -23,7 +23,7 @@ from keras_ext.models.checkpoints import NameTable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NEZHA(BERT):
+class NEZHA(BERT, family="nezha"):
     """The sizes of a NEZHA; `max_position_embeddings` limits nothing.
 
     Example:
@@ -32,13 +32,13 @@ class NEZHA(BERT):
 
     max_relative_position: int = 64
 
-    family: ClassVar[str] = "nezha"
     implied: ClassVar[Mapping[str, Any]] = {**IMPLIED, "use_relative_position": True}
     names: ClassVar[Mapping[str, NameTable]] = {
         "tensorflow": tensorflow_names(WITHOUT_POSITIONS),
         "huggingface": huggingface_names(WITHOUT_POSITIONS, model="nezha"),
     }
     learned_positions: ClassVar[bool] = False
+    takes_positions: ClassVar[bool] = False
 
     def position(self) -> RelativePosition:
         return RelativePosition(self.max_relative_position, sinusoidal=True)

@@ -1,22 +1,27 @@
 """A functional model built again on copies of its layers, some of them changed."""
 
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
 
+from keras_ext.layers.blocks import Side, blocks
 
-def blocks_of(model: keras.Model) -> list[keras.layers.Layer]:
-    """The layers encoder_0, encoder_1, ... in the order of their numbers."""
-    blocks = [layer for layer in model.layers if re.fullmatch(r"encoder_\d+", layer.name)]
-    if not blocks:
-        raise ValueError(
-            f"{model.name} has no layers encoder_0, encoder_1, ... Build it with "
-            "build_transformer_model, and heads on its output: Model(bert.inputs, "
-            "head(bert.output)), not head(bert(inputs))."
-        )
-    return sorted(blocks, key=lambda block: int(block.name.removeprefix("encoder_")))
+
+def blocks_of(model: keras.Model, side: Side | None = None) -> list[keras.layers.Layer]:
+    """The blocks of a functional model that can be changed, being layers of its own graph.
+
+    Raises:
+        ValueError: it has none, or they are within a model in it.
+    """
+    found, own = blocks(model, side), {id(layer) for layer in model.layers}
+    for block in found:
+        if id(block) not in own:
+            raise ValueError(
+                f"{block.name} is a layer of a model within {model.name}. Build heads on the "
+                "output: Model(bert.inputs, head(bert.output)), not head(bert(inputs))."
+            )
+    return found
 
 
 def rebuild(

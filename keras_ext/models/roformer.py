@@ -25,7 +25,7 @@ from keras_ext.models.checkpoints import NameTable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RoFormer(BERT):
+class RoFormer(BERT, family="roformer"):
     """The sizes of a RoFormer; `max_position_embeddings` limits nothing.
 
     Example:
@@ -34,7 +34,6 @@ class RoFormer(BERT):
 
     max_position_embeddings: int = 1536
 
-    family: ClassVar[str] = "roformer"
     implied: ClassVar[Mapping[str, Any]] = {**IMPLIED, "rotary_value": False}
     names: ClassVar[Mapping[str, NameTable]] = {
         "tensorflow": tensorflow_names(

@@ -17,9 +17,16 @@ from typing import Any, ClassVar
 import keras
 
 from keras_ext import layers
-from keras_ext.models.bert import BLOCKS, EMBEDDINGS, huggingface_names, tensorflow_names
+from keras_ext.models.bert import (
+    BLOCKS,
+    EMBEDDINGS,
+    IMPLIED,
+    Segmented,
+    huggingface_names,
+    tensorflow_names,
+)
 from keras_ext.models.checkpoints import NameTable
-from keras_ext.models.roformer import RoFormer
+from keras_ext.models.family import Trunk
 
 TABLES = tuple(row for row in EMBEDDINGS if row[0] in ("token_embedding", "segment_embedding"))
 # The kernels are all that blocks have.
@@ -31,29 +38,36 @@ TRUNCATION = 1.13684723
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RoFormerV2(RoFormer):
-    """The sizes of a RoFormerV2. Its only head is `with_mlm`.
+class RoFormerV2(Segmented, family="roformer_v2"):
+    """The sizes of a RoFormerV2. Its only head is `with_mlm`; `initializer_range` is not its.
 
     Example:
         >>> model = build_transformer_model("bert_config.json", model="roformer_v2")
     """
 
-    family: ClassVar[str] = "roformer_v2"
+    implied: ClassVar[Mapping[str, Any]] = {
+        **IMPLIED,
+        "rotary_value": False,
+        "initializer_range": 0.02,  # of its configurations; the spread is that of above
+    }
     names: ClassVar[Mapping[str, NameTable]] = {
         "tensorflow": tensorflow_names((*TABLES, *KERNELS)),
         "huggingface": huggingface_names((*TABLES, *KERNELS), model="roformer"),
     }
-    heads: ClassVar[tuple[str, ...]] = ("with_mlm",)
-    narrow_embeddings: ClassVar[bool] = False
+    heads: ClassVar[Mapping[str, str]] = {"with_mlm": "mlm"}
     use_bias: ClassVar[bool] = False
+    learned_positions: ClassVar[bool] = False
 
-    def mlm(self, hidden: Any, token_embedding: layers.TokenEmbedding) -> Any:
-        """Logits over the vocabulary."""
-        return token_embedding(hidden, reverse=True)
+    def position(self) -> layers.RotaryPosition:
+        return layers.RotaryPosition()
 
-    def embed(self, hidden: Any) -> Any:
+    def embed(self, hidden: Any, positions: list[Any]) -> Any:
         """Drop, normalise."""
         return self.norm("embedding_norm")(self.drop(hidden))
+
+    def mlm(self, trunk: Trunk) -> Any:
+        """Logits over the vocabulary, (batch, length, vocab_size)."""
+        return trunk.token_embedding(trunk.hidden, reverse=True)
 
     def norm(self, name: str | None = None) -> keras.layers.Layer:
         return layers.RMSNorm(epsilon=self.layer_norm_eps, scale=False, name=name)

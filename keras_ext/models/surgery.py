@@ -10,12 +10,14 @@
 
 The models made here are copies: nothing done to one of them changes another. They can be used
 one after the other, on models of `build_transformer_model` and on functional models on their
-outputs, such as `keras.Model(bert.inputs, Dense(2)(bert.output[:, 0]))`.
+outputs, such as `keras.Model(bert.inputs, Dense(2)(bert.output[:, 0]))`. What `family_of` tells
+of them stays true, so that they can be saved; where no family has such a model, it says why.
 
 Sources: kexue.fm/archives/7661 (another attention), 8739 (tokens), 7947 (positions), 7124
 (condition).
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -23,8 +25,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_ext.layers.blocks import Side
 from keras_ext.layers.norms import ConditionalLayerNormalization
 from keras_ext.layers.transformer import TransformerBlock, serialize_unbuilt
+from keras_ext.models.family import restate
 from keras_ext.models.rebuild import blocks_of, copy_layer, rebuild
 
 
@@ -32,6 +36,7 @@ def replace_attention(
     model: keras.Model,
     attention: Callable[[keras.layers.Layer], keras.layers.Layer],
     blocks: Iterable[int] | None = None,
+    side: Side | None = None,
 ) -> keras.Model:
     """The model with another attention in its blocks.
 
@@ -43,7 +48,9 @@ def replace_attention(
         model: of `build_transformer_model`, or a functional model on its outputs, such as
             `keras.Model(bert.inputs, Dense(2)(bert.output[:, 0]))`.
         attention: the layer of a block -> the one in its place, a new one for each block.
-        blocks: numbers of the blocks to change. Default: all.
+        blocks: numbers of the blocks to change, on a side or both. Default: all.
+        side: "encoder" or "decoder" (of which the attention to the encoder stays). Default:
+            both.
 
     Returns:
         A `keras.Model` with inputs and outputs of `model`, not compiled.
@@ -57,13 +64,17 @@ def replace_attention(
         ...     bert, lambda old: MultiHeadAttention(old.num_heads, old.key_dim, dropout=0.1)
         ... )
     """
-    found = [block.name for block in blocks_of(model)]
-    numbers = range(len(found)) if blocks is None else list(blocks)
-    wanted = {f"encoder_{i}" for i in numbers}
-    if not wanted <= set(found):
-        raise ValueError(f"blocks must be among 0 to {len(found) - 1}, got {sorted(numbers)}.")
+    found = [block.name for block in blocks_of(model, side)]
+    wanted = {*found}
+    if blocks is not None:
+        numbers = [*blocks]
+        sides = sorted({name.partition("_")[0] for name in found})
+        wanted = {f"{side}_{i}" for side in sides for i in numbers}
+        if not wanted <= {*found}:
+            raise ValueError(f"blocks must be numbers of {', '.join(found)}, got {numbers}.")
     pairs: list[tuple[keras.layers.Layer, keras.layers.Layer]] = []
     made: dict[str, keras.layers.Layer] = {}
+    attentions: dict[str, Any] = {}
 
     def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
         if layer.name not in wanted:
@@ -71,6 +82,7 @@ def replace_attention(
         if layer.name not in made:
             new = serialize_unbuilt(attention(layer.attention))
             new["config"]["name"] = layer.attention.name  # which checkpoints know
+            attentions[layer.name] = new
             made[layer.name] = copy_layer(layer, attention=new)
             pairs.append((layer, made[layer.name]))
         return made[layer.name](*args, **kwargs)
@@ -82,7 +94,7 @@ def replace_attention(
             known = values.get(weight.path)
             if known is not None and known.shape == weight.shape:
                 weight.assign(known)
-    return changed
+    return restate(changed, model, lambda sizes: sizes.with_attention(attentions))
 
 
 def select_tokens(model: keras.Model, tokens: Sequence[int | Sequence[int]]) -> keras.Model:
@@ -141,16 +153,22 @@ def select_tokens(model: keras.Model, tokens: Sequence[int | Sequence[int]]) -> 
         chosen = np.stack([wide[group].mean(axis=0) for group in groups])
         return chosen.T if layer.name == "lm_head" else chosen
 
-    return _changed(model, lambda layer: changes.get(layer.name), means)
+    changed = _changed(model, lambda layer: changes.get(layer.name), means)
+    return restate(
+        changed, model, lambda sizes: dataclasses.replace(sizes, vocab_size=len(groups))
+    )
 
 
-def select_blocks(model: keras.Model, blocks: Iterable[int]) -> keras.Model:
+def select_blocks(
+    model: keras.Model, blocks: Iterable[int], side: Side = "encoder"
+) -> keras.Model:
     """The model with some of its blocks only, which are numbered anew.
 
     Args:
         model: with blocks `encoder_0` ...
         blocks: their numbers, in rising order: `range(6)` for the first six, `range(0, 12, 2)`
             for every other.
+        side: "encoder" or "decoder", whose blocks. Default: "encoder".
 
     Returns:
         A `keras.Model` with inputs and outputs of `model`, not compiled.
@@ -161,12 +179,12 @@ def select_blocks(model: keras.Model, blocks: Iterable[int]) -> keras.Model:
     Example:
         >>> first_half = select_blocks(bert, range(6))
     """
-    numbers, found = list(blocks), blocks_of(model)
+    numbers, found = list(blocks), blocks_of(model, side)
     if not numbers or numbers != sorted({*numbers} & {*range(len(found))}):
         raise ValueError(
             f"blocks must be rising numbers from 0 to {len(found) - 1}, got {numbers}."
         )
-    names = {f"encoder_{old}": f"encoder_{new}" for new, old in enumerate(numbers)}
+    names = {f"{side}_{old}": f"{side}_{new}" for new, old in enumerate(numbers)}
     dropped = {block.name for block in found} - names.keys()
     made = {
         block.name: copy_layer(block, name=names[block.name])
@@ -180,20 +198,23 @@ def select_blocks(model: keras.Model, blocks: Iterable[int]) -> keras.Model:
         return made[layer.name](*args, **kwargs) if layer.name in made else None
 
     copies = [(block, made[block.name]) for block in found if block.name in made]
-    return rebuild(model, call, copies)
+    changed = rebuild(model, call, copies)
+    return restate(changed, model, lambda sizes: sizes.with_blocks(side, numbers))
 
 
-def share_blocks(model: keras.Model, num_groups: int = 1) -> keras.Model:
+def share_blocks(
+    model: keras.Model, num_groups: int = 1, side: Side = "encoder"
+) -> keras.Model:
     """The model with blocks that share their weights, as those of an ALBERT do.
 
         block_i = block_g,    g = ⌊i G / N⌋    for N blocks and G groups
 
-    A group has the weights of its first block. The model is an ALBERT then:
-    `save_transformer_model(shared, directory, config, "albert")` writes it.
+    A group has the weights of its first block.
 
     Args:
         model: with blocks `encoder_0` ...
         num_groups: G, from 1 to N. Default: 1, all blocks are the same one.
+        side: "encoder" or "decoder", whose blocks. Default: "encoder".
 
     Returns:
         A `keras.Model` with inputs and outputs of `model`, not compiled.
@@ -206,7 +227,7 @@ def share_blocks(model: keras.Model, num_groups: int = 1) -> keras.Model:
 
     Reference: Lan et al. 2019, arXiv 1909.11942.
     """
-    found = blocks_of(model)
+    found = blocks_of(model, side)
     if not 1 <= num_groups <= len(found):
         raise ValueError(
             f"num_groups must be from 1 to {len(found)}, the number of blocks, got "
@@ -214,14 +235,15 @@ def share_blocks(model: keras.Model, num_groups: int = 1) -> keras.Model:
         )
     group_of = {block.name: i * num_groups // len(found) for i, block in enumerate(found)}
     firsts = {group_of[block.name]: block for block in reversed(found)}
-    made = {g: copy_layer(block, name=f"encoder_{g}") for g, block in firsts.items()}
+    made = {g: copy_layer(block, name=f"{side}_{g}") for g, block in firsts.items()}
 
     def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
         if layer.name not in group_of:
             return None
         return made[group_of[layer.name]](*args, **kwargs)
 
-    return rebuild(model, call, [(firsts[g], made[g]) for g in made])
+    changed = rebuild(model, call, [(firsts[g], made[g]) for g in made])
+    return restate(changed, model, lambda sizes: sizes.with_groups(side, num_groups))
 
 
 def extend_positions(model: keras.Model, max_length: int, alpha: float = 0.4) -> keras.Model:
@@ -264,7 +286,11 @@ def extend_positions(model: keras.Model, max_length: int, alpha: float = 0.4) ->
         i, j = np.divmod(np.arange(max_length), size)
         return alpha * u[i] + (1 - alpha) * u[j]
 
-    return _changed(model, change, extended)
+    return restate(
+        _changed(model, change, extended),
+        model,
+        lambda sizes: dataclasses.replace(sizes, max_position_embeddings=max_length),
+    )
 
 
 def condition_norms(model: keras.Model, size: int) -> keras.Model:
@@ -324,7 +350,7 @@ def condition_norms(model: keras.Model, size: int) -> keras.Model:
         for weight in new.weights:
             if weight.path in values:
                 weight.assign(values[weight.path])
-    return changed
+    return restate(changed, model, lambda _: "its norms depend on a condition")
 
 
 def rename_layers(model: keras.Model, prefix: str) -> keras.Model:
@@ -348,13 +374,14 @@ def rename_layers(model: keras.Model, prefix: str) -> keras.Model:
         keras.Input(batch_shape=x.shape, dtype=x.dtype, name=prefix + x.name)
         for x in model.inputs
     ]
-    return _changed(
+    renamed = _changed(
         model,
         lambda layer: {"name": prefix + layer.name},
         lambda _, value: value,
         inputs=inputs,
         name=prefix + model.name,
     )
+    return restate(renamed, model, lambda _: f"its layers were renamed with {prefix!r}")
 
 
 def _changed(

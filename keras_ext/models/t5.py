@@ -27,8 +27,8 @@ from typing import Any, ClassVar
 import keras
 
 from keras_ext import layers
-from keras_ext.models.bert import ACTIVATIONS, BERT, Sizes
 from keras_ext.models.checkpoints import NameTable
+from keras_ext.models.family import Family, Sizes, Trunk
 
 # Field -> its name in Hugging Face configurations.
 FIELDS = {
@@ -122,14 +122,15 @@ def _not_gated(table: NameTable) -> NameTable:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class T5(BERT):
+class T5(Family, family="t5"):
     """The sizes of a T5; fields may be named as here or as Hugging Face does.
 
     Its only head is `with_mlm`, the logits of the decoder's next token. `application` is
-    "seq2seq", "encoder" or "decoder".
+    "seq2seq", "encoder" or "decoder". Kernels are drawn with the variance of Lecun's rule
+    times `initializer_factor`²; `initializer_range` is not its.
 
     Raises:
-        ValueError: as of `BERT`, but the heads need not divide the width.
+        ValueError: as of `Family`.
 
     Example:
         >>> sizes = {"vocab_size": 100, "d_model": 32, "d_ff": 64, "num_layers": 2}
@@ -140,36 +141,42 @@ class T5(BERT):
 
     head_size: int = 64
     num_decoder_layers: int | None = None
+    num_decoder_groups: int | None = None
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     hidden_act: str = "relu"
     gated: bool = False
     layer_norm_eps: float = 1e-6
+    initializer_factor: float = 1.0
     tie_word_embeddings: bool = True
     application: str = "seq2seq"
 
-    family: ClassVar[str] = "t5"
-    implied: ClassVar[Mapping[str, Any]] = {"pad_token_id": 0}
+    fields: ClassVar[Mapping[str, str]] = FIELDS
+    implied: ClassVar[Mapping[str, Any]] = {"pad_token_id": 0, "initializer_range": 0.02}
     names: ClassVar[Mapping[str, NameTable]] = {
         "tensorflow": TENSORFLOW,
         "huggingface": HUGGINGFACE,
     }
-    heads: ClassVar[tuple[str, ...]] = ("with_mlm",)
+    heads: ClassVar[Mapping[str, str]] = {"with_mlm": "mlm"}
     applications: ClassVar[tuple[str, ...]] = ("seq2seq", "encoder", "decoder")
-    learned_positions: ClassVar[bool] = False
     heads_divide_width: ClassVar[bool] = False
+    learned_positions: ClassVar[bool] = False
+    takes_positions: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        if self.num_decoder_layers is None:
+            object.__setattr__(self, "num_decoder_layers", self.num_hidden_layers)
         super().__post_init__()
-        object.__setattr__(self, "num_decoder_layers", self.side_blocks["decoder"])
         if not self.gated:
             object.__setattr__(self, "names", {k: _not_gated(v) for k, v in self.names.items()})
+        if self.application == "encoder":
+            object.__setattr__(self, "heads", {})
+            object.__setattr__(self, "architectures", ("T5EncoderModel",))
 
     @classmethod
     def from_config(cls: type[Sizes], config: Mapping[str, Any]) -> Sizes:
-        """Read the fields of Hugging Face, or ours; see `BERT.from_config`."""
-        ours = {theirs: name for name, theirs in FIELDS.items()}
-        config = {ours.get(key, key): value for key, value in config.items()}
+        """Read the fields of Hugging Face, or ours; see `Family.from_config`."""
+        config = dict(config)
         kind = config.pop("feed_forward_proj", None)
         if kind is not None:
             gate, _, activation = kind.rpartition("-")
@@ -177,69 +184,60 @@ class T5(BERT):
                 raise ValueError(f"feed_forward_proj must be like gated-gelu, got {kind!r}.")
             config["gated"] = bool(gate)
             config["hidden_act"] = GATED.get(activation, activation) if gate else activation
-        if "hidden_dropout_prob" in config:
-            config.setdefault("attention_probs_dropout_prob", config["hidden_dropout_prob"])
+        dropout = config.get("dropout_rate", config.get("hidden_dropout_prob"))
+        if dropout is not None:
+            config.setdefault("attention_probs_dropout_prob", dropout)
         return super().from_config(config)
 
     def to_config(self) -> dict[str, Any]:
-        config = {FIELDS.get(key, key): value for key, value in super().to_config().items()}
+        config = super().to_config()
         named = {new: old for old, new in GATED.items()}
         activation = named.get(self.hidden_act, self.hidden_act)
         kind = f"gated-{activation}" if self.gated else self.hidden_act
         return {**config, "feed_forward_proj": kind}
 
     @property
-    def side_blocks(self) -> dict[str, int]:
-        """Number of blocks of each side."""
-        decoder = self.num_decoder_layers
-        return {
-            "encoder": self.num_hidden_layers,
-            "decoder": self.num_hidden_layers if decoder is None else decoder,
-        }
+    def is_known_elsewhere(self) -> bool:
+        if self.application == "encoder":  # which its architecture says
+            return dataclasses.replace(self, application="seq2seq").is_known_elsewhere
+        return super().is_known_elsewhere and self.num_decoder_groups is None
 
-    def trunk(self) -> tuple[list, layers.TokenEmbedding, Any]:
-        """Inputs, the token embedding, and the last hidden states, (batch, length, width)."""
-        token_embedding = layers.TokenEmbedding(
-            self.vocab_size,
-            self.hidden_size,
-            embeddings_initializer=keras.initializers.RandomNormal(stddev=1.0),
-            mask_zero=True,
-            name="token_embedding",
-        )
+    @property
+    def sides(self) -> dict[str, int]:
+        sides = {"encoder": self.num_hidden_layers, "decoder": self.num_decoder_layers or 0}
+        return {s: n for s, n in sides.items() if self.application in ("seq2seq", s)}
+
+    def trunk(self) -> Trunk:
+        token_embedding = self.token_embedding()
         if self.application == "decoder":
             memory = keras.Input((None, self.hidden_size), name="memory")
             memory_mask = keras.Input((None,), dtype="bool", name="memory_mask")
-            inputs, memory = [memory, memory_mask], layers.WithMask()([memory, memory_mask])
+            inputs = [memory, memory_mask]
+            memory = layers.WithMask(name="memory_states")(inputs)
         else:
             token_ids = keras.Input((None,), dtype="int32", name="token_ids")
             inputs, memory = [token_ids], self.side("encoder", token_embedding(token_ids))
         if self.application == "encoder":
-            return inputs, token_embedding, memory
+            return Trunk(inputs, token_embedding, memory)
         token_ids = keras.Input((None,), dtype="int32", name="decoder_token_ids")
         tokens = layers.WithMask(name="decoder_tokens")(token_embedding(token_ids))
-        return [*inputs, token_ids], token_embedding, self.side("decoder", tokens, memory)
+        hidden = self.side("decoder", tokens, memory=memory)
+        return Trunk([*inputs, token_ids], token_embedding, hidden)
 
-    def side(self, side: str, tokens: Any, memory: Any = None) -> Any:
+    def side(self, side: str, tokens: Any, **memory: Any) -> Any:
         """Hidden states of the encoder, or with its output as memory those of the decoder."""
-        decodes = side == "decoder"
-        hidden = keras.layers.Dropout(self.hidden_dropout_prob, name=f"{side}_dropout")(tokens)
+        hidden = self.drop(tokens, f"{side}_dropout")
         bias = layers.T5Bias(
             self.num_attention_heads,
             self.relative_attention_num_buckets,
             self.relative_attention_max_distance,
-            bidirectional=not decodes,
+            bidirectional=side == "encoder",
             name=f"{side}_position",
         )(hidden)
-        given = {"memory": memory} if decodes else {}
-        for i in range(self.side_blocks[side]):
-            block = self.block(f"{side}_{i}", decodes)
-            hidden = block(hidden, attention_bias=bias, **given)
-        hidden = self.norm(f"{side}_norm")(hidden)
-        return keras.layers.Dropout(self.hidden_dropout_prob, name=f"{side}_output_dropout")(
-            hidden
-        )
+        hidden = self.encode(hidden, side, attention_bias=bias, **memory)
+        return self.drop(self.norm(f"{side}_norm")(hidden), f"{side}_output_dropout")
 
-    def block(self, name: str, decodes: bool = False) -> layers.TransformerBlock:
+    def block(self, side: str, number: int) -> layers.TransformerBlock:
         def attention(name: str, causal: bool) -> layers.MultiHeadAttention:
             return layers.MultiHeadAttention(
                 self.num_attention_heads,
@@ -254,11 +252,12 @@ class T5(BERT):
                 name=name,
             )
 
+        decodes = side == "decoder"
         return layers.TransformerBlock(
             attention("attention", causal=decodes),
             layers.FeedForward(
                 self.intermediate_size,
-                activation=ACTIVATIONS[self.hidden_act],
+                activation=self.activation,
                 kernel_initializer=self.initializer(),
                 use_bias=False,
                 gated=self.gated,
@@ -269,45 +268,29 @@ class T5(BERT):
             norm=self.norm(),
             pre_norm=True,
             cross_attention=attention("cross_attention", causal=False) if decodes else None,
-            name=name,
+            name=f"{side}_{number}",
         )
 
-    def mlm(self, hidden: Any, token_embedding: layers.TokenEmbedding) -> Any:
-        """Logits over the vocabulary, of the decoder."""
-        if self.application == "encoder":
-            raise ValueError("with_mlm needs a decoder: application='seq2seq'.")
+    def mlm(self, trunk: Trunk) -> Any:
+        """Logits over the vocabulary, of the decoder, (batch, length, vocab_size)."""
         if self.tie_word_embeddings:
-            return token_embedding(hidden * self.hidden_size**-0.5, reverse=True)
-        return keras.layers.Dense(
-            self.vocab_size,
-            use_bias=False,
-            kernel_initializer=self.initializer(),
-            name="lm_head",
-        )(hidden)
+            return trunk.token_embedding(trunk.hidden * self.hidden_size**-0.5, reverse=True)
+        return self.dense(self.vocab_size, "lm_head", use_bias=False)(trunk.hidden)
 
     def norm(self, name: str | None = None) -> layers.RMSNorm:
         return layers.RMSNorm(epsilon=self.layer_norm_eps, name=name)
 
     def initializer(self, gain: float = 1.0) -> keras.initializers.Initializer:
         """Of a kernel that keeps this share of the variance."""
+        gain *= self.initializer_factor**2
         return keras.initializers.VarianceScaling(gain, "fan_in", "truncated_normal")
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of weights, by path, that are enough to tell all sizes."""
-        kernel, shape = self.block_kernel()
-        sides = self.side_blocks
-        if self.application != "seq2seq":
-            sides = {self.application: sides[self.application]}
-        return {
-            "token_embedding/embeddings": (self.vocab_size, self.hidden_size),
-            **{
-                f"{s}_{i}/{kernel}": shape for s, number in sides.items() for i in range(number)
-            },
-        }
+    def table_initializer(self) -> keras.initializers.Initializer:
+        return keras.initializers.RandomNormal(stddev=self.initializer_factor)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MT5(T5):
+class MT5(T5, family="mt5"):
     """The sizes of an mT5: a T5 that is gated, with a head of its own; see `T5`.
 
     `tie_word_embeddings` of its configurations is passed over: transformers writes True in
@@ -323,8 +306,6 @@ class MT5(T5):
     hidden_act: str = "gelu_new"
     gated: bool = True
     tie_word_embeddings: bool = False
-
-    family: ClassVar[str] = "mt5"
 
     @classmethod
     def from_config(cls: type[Sizes], config: Mapping[str, Any]) -> Sizes:

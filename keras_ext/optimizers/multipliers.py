@@ -28,18 +28,16 @@ Source: kexue.fm/archives/6418; bert4keras `extend_with_parameter_wise_lr`; Howa
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 
 from keras_ext import arguments
-from keras_ext.optimizers.selection import Selectable, Selection, shown, some
+from keras_ext.layers.blocks import BELOW, BLOCK, blocks
+from keras_ext.optimizers.selection import Selectable, Selection, shown
 from keras_ext.optimizers.update_wrapper import UpdateWrapper
-
-# What `keras_ext.models` calls its layers; a nested model may stand before them in a path.
-BLOCK = re.compile(r"(?:^|/)encoder_(\d+)/")
-EMBEDDINGS = r"(^|/)(token_embedding|segment_embedding|position_embedding|embedding_norm)/"
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
@@ -136,9 +134,11 @@ def layerwise_decay(model: keras.Model, decay: float) -> dict[str, float]:
 
         1               the head, and everything else that is not named below
         decay^(n - i)   block i of n, layer `encoder_i`: decay for the top one
-        decay^(n + 1)   token, segment and position embeddings and their norm
+        decay^(n + 1)   what makes the input of the blocks: token, segment and position
+                        embeddings, their norm, their projection, a `T5Bias`
 
-    That is the rule of BEiT and MAE. ELECTRA's code has one level more between head and top
+    The blocks of a decoder, `decoder_i`, fall in the same way from its head; n is the greater
+    of both numbers for what is below them. That is the rule of BEiT and MAE. ELECTRA's code has one level more between head and top
     block (n + 1 - i and n + 2); to have it, multiply the rate of the head by 1 / decay and the
     learning rate by decay. ULMFiT divides by 2.6 a layer.
 
@@ -151,7 +151,7 @@ def layerwise_decay(model: keras.Model, decay: float) -> dict[str, float]:
         The dictionary for `MultiplierOptimizer`; further keys may be added.
 
     Raises:
-        ValueError: decay is out of range, or the model has no layer `encoder_i`.
+        ValueError: decay is out of range, or the model has no blocks.
 
     Example:
         >>> bert = build_transformer_model("bert_config.json", with_pool=True)
@@ -162,16 +162,12 @@ def layerwise_decay(model: keras.Model, decay: float) -> dict[str, float]:
     arXiv 2003.10555.
     """
     decay = arguments.number("decay", decay, "(0, 1]")
-    paths = [w.path for w in model.weights]
-    blocks = [int(found[1]) for path in paths if (found := BLOCK.search(path))]
-    if not blocks:
-        raise ValueError(
-            "No layer of the model is called encoder_0, encoder_1, ..., as in "
-            f"build_transformer_model. Its variables: {some(paths)}."
-        )
-    depth = max(blocks) + 1
-    multipliers = {rf"(^|/)encoder_{i}/": decay ** (depth - i) for i in range(depth)}
-    multipliers[EMBEDDINGS] = decay ** (depth + 1)
+    sides = Counter(block.name.partition("_")[0] for block in blocks(model))
+    multipliers = {}
+    for name in (block.name for block in blocks(model)):
+        side, number = BLOCK.fullmatch(name).groups()
+        multipliers[rf"(^|/){name}/"] = decay ** (sides[side] - int(number))
+    multipliers[rf"(^|/)({'|'.join(BELOW)})/"] = decay ** (max(sides.values()) + 1)
     trainable = [w.path for w in model.trainable_weights]
     return {
         pattern: multiplier

@@ -30,8 +30,11 @@ from keras import ops
 
 from keras_ext.layers.every import every_layer
 from keras_ext.layers.theseus import ReplacementRate, TheseusModule
+from keras_ext.models.family import restate
 from keras_ext.models.rebuild import blocks_of, copy_layer, rebuild
 from keras_ext.training.objective_model import ObjectiveMixin
+
+IN_TRAINING = "its blocks are TheseusModules: take extract_successor"
 
 
 def build_theseus_model(
@@ -68,7 +71,7 @@ def build_theseus_model(
 
     Reference: Xu et al. 2020, arXiv 2002.02925.
     """
-    blocks = blocks_of(model)
+    blocks = blocks_of(model, "encoder")
     if groups < 1 or len(blocks) % groups:
         raise ValueError(
             f"groups must be positive and divide the number of blocks, {len(blocks)}, "
@@ -118,7 +121,7 @@ def build_theseus_model(
             layer.trainable = False
     result = TheseusModel(training_model.input, training_model.output, name=model.name)
     result.set_objectives([])
-    return result
+    return restate(result, model, lambda _: IN_TRAINING)
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
@@ -175,7 +178,10 @@ def extract_successor(model: keras.Model) -> keras.Model:
     successor = rebuild(model, call, copies)
     for layer in successor.layers:  # not at once: the model itself counts as trainable
         layer.trainable = True
-    return successor
+    numbers = range(sum(isinstance(layer, TheseusModule) for layer in model.layers))
+    return restate(
+        successor, model, lambda sizes: sizes.with_blocks("encoder", numbers), IN_TRAINING
+    )
 
 
 class ReplacementSchedule(keras.callbacks.Callback):

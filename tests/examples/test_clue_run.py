@@ -291,7 +291,8 @@ def pretrained(tmp_path):
     (directory / "config.json").write_text(json.dumps(sizes))
     table, arrays = BERT.names["huggingface"], {}
     for weight in build_transformer_model(sizes).weights:
-        name, transposed = table.source(weight.path)
+        source = table.source(weight.path)
+        name, transposed = source.name, source.transposed
         array = keras.ops.convert_to_numpy(weight)
         arrays[name] = np.ascontiguousarray(array.T if transposed else array)
     safetensors.save_file(arrays, directory / "model.safetensors")

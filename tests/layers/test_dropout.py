@@ -33,8 +33,7 @@ from keras_ext.layers import (
     RMSNorm,
     TransformerBlock,
 )
-from keras_ext.models import TTA
-from keras_ext.models.build import FAMILIES
+from keras_ext.models import FAMILIES, TTA
 from keras_ext.models.gpt2_ml import GroverBlock
 
 X = np.random.default_rng(0).normal(size=(2, 5, 8)).astype("float32")
@@ -403,6 +402,17 @@ def t5_sides(hidden, weights):
     return side(HIDDEN, BLOCKS, scores()) + side(TARGET, 2, *of_targets)
 
 
+def modern_encoder(hidden, weights):
+    """The attention's output at the rate of its weights; `mlp_dropout` is another rate."""
+    block = [(weights, scores()), (weights, HIDDEN), (0.0, (*HIDDEN[:2], INNER))]
+    return [(hidden, HIDDEN), *block * BLOCKS]
+
+
+def two_streams(hidden, weights):
+    """Keys and values, then queries."""
+    return [(hidden, HIDDEN), *encoder(hidden, weights)]
+
+
 DRAWN = {
     "bert": encoder,
     "albert": narrow_encoder,
@@ -415,8 +425,10 @@ DRAWN = {
     "openai-gpt": encoder,
     "gpt2": encoder,
     "gpt2_ml": encoder,
+    "modernbert": modern_encoder,
     "t5": t5_sides,
     "mt5": t5_sides,
+    "tta": two_streams,
 }
 ALL_HEADS = {"bert": {"with_mlm": True, "with_nsp": True, "with_pool": True}}
 ALL_HEADS |= {family: flags(family) for family in HEADS}

@@ -98,7 +98,8 @@ def golden_model():
     }
     model = BERT(**config).build(**HEADS)
     for weight in model.weights:
-        name, transposed = BERT.names["huggingface"].source(weight.path)
+        source = BERT.names["huggingface"].source(weight.path)
+        name, transposed = source.name, source.transposed
         value = GOLDEN[f"weights/{name}"]
         weight.assign(value.T if transposed else value)
     return model
@@ -305,7 +306,8 @@ def test_every_variable_of_the_chinese_bert_has_one_weight(shared):
     }  # its sizes for those of the small model
     mapped = {}
     for weight in small.weights:
-        name, transposed = table.source(weight.path)
+        source = table.source(weight.path)
+        name, transposed = source.name, source.transposed
         assert name not in mapped
         shape = [large[size] for size in weight.shape]
         mapped[name] = str(shape[::-1] if transposed else shape)

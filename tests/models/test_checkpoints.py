@@ -25,7 +25,8 @@ def stored(format, dtype="float32", **options):
     weights, variables = {}, {}
     for weight in build(**options).weights:
         value = rng.normal(size=weight.shape).astype(dtype)
-        name, transposed = BERT.names[format].source(weight.path)
+        source = BERT.names[format].source(weight.path)
+        name, transposed = source.name, source.transposed
         weights[weight.path] = value
         variables[name] = np.ascontiguousarray(value.T) if transposed else value
     return weights, variables
@@ -144,8 +145,8 @@ def test_the_report_reads_well_and_is_logged(tmp_path, caplog):
 @pytest.mark.parametrize("format", WRITERS)
 def test_mismatches_name_both_sides_and_change_nothing(format, tmp_path):
     _, variables = stored(format, **HEADS)
-    position, _ = BERT.names[format].source("position_embedding/embeddings")
-    nsp, _ = BERT.names[format].source("nsp/kernel")
+    position = BERT.names[format].source("position_embedding/embeddings").name
+    nsp = BERT.names[format].source("nsp/kernel").name
     variables[position] = np.zeros((9, 8), "float32")
     variables[nsp] = np.zeros((8, 2), "float32")
     model = build(**HEADS)

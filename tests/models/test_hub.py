@@ -75,7 +75,7 @@ class Server(BaseHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     """A mirror with owner/model; its files can be changed."""
     config = {**SIZES, "num_hidden_layers": 1}
-    save_transformer_model(build_transformer_model(config), tmp_path / "files", config)
+    save_transformer_model(build_transformer_model(config), tmp_path / "files")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.files = {path.name: path.read_bytes() for path in (tmp_path / "files").iterdir()}
     server.files |= {"vocab.txt": b"[PAD]\n", "pytorch_model.bin": b"pickle", "run.py": b"1/0"}
@@ -90,14 +90,14 @@ def server(tmp_path, monkeypatch):
 
 
 def test_a_repository_is_a_model(server):
-    model = build_transformer_model("owner/model", "owner/model")
+    model = build_transformer_model("owner/model")
     report = model.checkpoint_report
     assert not report.fresh
     assert not report.ignored
     directory = download_model("owner/model")
     names = sorted(path.name for path in directory.iterdir())
     assert names == ["config.json", "model.safetensors", "vocab.txt"]  # no pickle, no code
-    other = build_transformer_model(directory)
+    other = build_transformer_model(directory, None)
     load_checkpoint(other, "owner/model")
     for one, two in zip(model.weights, other.weights, strict=True):
         np.testing.assert_array_equal(*map(ops.convert_to_numpy, (one, two)))
@@ -125,7 +125,7 @@ def test_what_cannot_be_fetched(server, monkeypatch):
     with pytest.raises(OSError, match="set HF_ENDPOINT to a mirror, or give a directory"):
         build_transformer_model("owner/model")
     with pytest.raises(
-        ValueError, match="repository must be an id such as 'hfl/rbt3', got 'x'"
+        ValueError, match="repository must be an id such as 'hfl/rbt3', .*, got 'x'"
     ):
         download_model("x")
 

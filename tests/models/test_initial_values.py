@@ -163,6 +163,19 @@ T5_WEIGHTS = {
 GATED = {r"(encoder|decoder)_\d/feed_forward/linear_dense/kernel": keeps(1, WIDTH)}
 OWN_HEAD = {"lm_head/kernel": keeps(1, WIDTH)}
 
+# What ends a sublayer is smaller, as sums of 2 N sublayers grow.
+ENDS = "cut normal of initializer_range / √(2 N)"
+MODERN_WEIGHTS = {
+    **TOKEN_TABLE,
+    r"encoder_\d/attention/(query|key|value)_dense/kernel": IN_RANGE,
+    r"encoder_\d/feed_forward/(intermediate|linear)_dense/kernel": IN_RANGE,
+    r"encoder_\d/(attention|feed_forward)/output_dense/kernel": ENDS,
+    r"encoder_\d/(attention|feed_forward)_norm/gamma": ONES,
+    "(embedding|output|mlm)_norm/gamma": ONES,
+    "mlm_dense/kernel": ENDS,
+    "mlm_bias/bias": ZEROS,
+}
+
 # Family -> how its weights start. A weight that is tied, as the MLM's kernel is, has no row.
 FAMILIES = {
     "bert": {**TRUNK, **POSITIONS, **MLM, **POOLED},
@@ -178,13 +191,22 @@ FAMILIES = {
     "gpt2_ml": {**TOKEN_TABLE, **POSITIONS, **norm("embedding_norm"), **BLOCK},
     "t5": T5_WEIGHTS,
     "mt5": {**T5_WEIGHTS, **GATED, **OWN_HEAD},
+    "modernbert": MODERN_WEIGHTS,
+    "tta": {
+        **TOKEN_TABLE,
+        **POSITIONS,
+        **norm("token_norm"),
+        **norm("position_norm"),
+        **BLOCK,
+        "mlm_bias/bias": ZEROS,
+    },
 }
 ALL_HEADS = {"bert": {"with_mlm": True, "with_nsp": True, "with_pool": True}}
 ALL_HEADS |= {family: flags(family) for family in HEADS}
 
 
 def test_every_family_has_a_row():
-    from keras_ext.models.build import FAMILIES as known
+    from keras_ext.models import FAMILIES as known
 
     assert FAMILIES.keys() == known.keys()
 
@@ -198,9 +220,16 @@ def test_every_family_has_a_row():
 def test_fresh_weights_of_a_family(family, told, initializer_range):
     keras.utils.set_random_seed(0)
     config = {**SIZES, **OWN.get(family, {}), **told}
+    if told and IN_RANGE not in FAMILIES[family].values():  # it has no effect
+        with pytest.raises(ValueError, match=r"initializer_range must be 0\.02 for"):
+            build_transformer_model(config, model=family)
+        return
     model = build_transformer_model(config, model=family, **ALL_HEADS[family])
-    drawn = cut_normal(initializer_range)
-    table = {k: drawn if v is IN_RANGE else v for k, v in FAMILIES[family].items()}
+    drawn = {
+        IN_RANGE: cut_normal(initializer_range),
+        ENDS: cut_normal(initializer_range / math.sqrt(2 * BLOCKS)),
+    }
+    table = {k: drawn.get(v, v) for k, v in FAMILIES[family].items()}
     check(values_of(model), table)
 
 

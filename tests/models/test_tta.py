@@ -7,7 +7,7 @@ from compiled import compiled
 from keras import ops
 
 from keras_ext import backend
-from keras_ext.models import TTA
+from keras_ext.models import build_transformer_model, pseudo_log_likelihoods
 from keras_ext.text import WordPieceTokenizer
 
 RNG = np.random.default_rng(0)
@@ -16,8 +16,10 @@ VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"天地玄黄宇宙洪荒"]
 
 def small(**kwargs):
     keras.utils.set_random_seed(0)
-    sizes = {"num_layers": 3, "hidden_size": 8, "num_heads": 2, "intermediate_size": 16}
-    model = TTA(len(VOCABULARY), **{**sizes, "max_length": 7, **kwargs})
+    sizes = {"vocab_size": len(VOCABULARY), "hidden_size": 8, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 7}
+    tta = build_transformer_model(sizes | kwargs, model="tta", with_mlm=True)
+    model = keras.Model(tta.inputs, tta.outputs[1])
     for weight in model.weights:
         if "seed" not in weight.path:
             weight.assign(RNG.normal(size=weight.shape) * 0.5 + ("gamma" in weight.path))
@@ -71,7 +73,7 @@ def test_padding_changes_nothing():
 def test_one_pass_scores_as_n_passes():
     model = small()
     token_ids = np.array([[5, 6, 7, 8], [9, 4, 0, 0], [4, 0, 0, 0]])
-    scores = model.score(token_ids)
+    scores = pseudo_log_likelihoods(model, token_ids)
     for row, ids in enumerate(token_ids):
         expected = 0
         for i in np.flatnonzero(ids):
@@ -83,44 +85,37 @@ def test_one_pass_scores_as_n_passes():
 
 
 def test_texts_are_scored_without_special_tokens():
-    model = small(tokenizer=WordPieceTokenizer(VOCABULARY))
-    scores = model.score(["天地玄黄", "宇"])
+    model, tokenizer = small(), WordPieceTokenizer(VOCABULARY)
+    scores = pseudo_log_likelihoods(model, ["天地玄黄", "宇"], tokenizer)
     ids = [[2, 4, 5, 6, 7, 3], [2, 8, 3, 0, 0, 0]]
     log = np.asarray(ops.log_softmax(logits_of(model, ids)))
     expected = [sum(log[0, i, ids[0][i]] for i in (1, 2, 3, 4)), log[1, 1, 8]]
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
-    assert model.score([]).shape == (0,)
-    with pytest.raises(ValueError, match="has no tokenizer"):
-        small().score(["天"])
+    assert pseudo_log_likelihoods(model, []).shape == (0,)
+    with pytest.raises(ValueError, match="tokenizer must be given for strings, got None"):
+        pseudo_log_likelihoods(model, ["天"])
 
 
 def test_training_counts_no_padding_and_learns():
     token_ids = np.tile([[4, 5, 6, 0], [6, 5, 4, 0]], (8, 1)).astype("int32")
-    model = small(dropout=0.0)
+    model = small(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0)
     model.compile(keras.optimizers.Adam(0.02), loss)
     first = model.evaluate(token_ids, token_ids, verbose=0)
-    np.testing.assert_allclose(first, -model.score(token_ids).mean() / 3, rtol=1e-5)
+    np.testing.assert_allclose(
+        first, -pseudo_log_likelihoods(model, token_ids).mean() / 3, rtol=1e-5
+    )
     model.fit(token_ids, token_ids, 16, epochs=20, verbose=0)
     assert model.evaluate(token_ids, token_ids, verbose=0) < first / 2
 
 
-def test_save_and_load(tmp_path):
-    model = small()
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert loaded.get_config() == model.get_config()
-    token_ids = RNG.integers(1, 12, (2, 4))
-    np.testing.assert_array_equal(logits_of(loaded, token_ids), logits_of(model, token_ids))
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "match"),
-    [
-        ({"num_heads": 3}, "num_heads must divide hidden_size=8, got 3"),
-        ({"num_layers": 0}, "num_layers must be positive, got 0"),
-    ],
-)
-def test_bad_arguments(kwargs, match):
-    with pytest.raises(ValueError, match=match):
-        small(**kwargs)
+def test_other_models_cannot_score():
+    sizes = {"vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "intermediate_size": 16}
+    for model, with_mlm, message in (
+        ("bert", True, "model must be a text autoencoder, .* got bert"),
+        ("tta", False, "tta must have logits"),
+    ):
+        other = build_transformer_model(sizes, model=model, with_mlm=with_mlm)
+        with pytest.raises(ValueError, match=message):
+            pseudo_log_likelihoods(other, np.array([[4, 5]]))

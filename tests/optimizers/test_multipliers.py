@@ -361,7 +361,7 @@ def test_layerwise_decay_counts_in_tens():
 
 
 def test_layerwise_decay_needs_blocks(problem):
-    with pytest.raises(ValueError, match=r"encoder_0, encoder_1.*kernel"):
+    with pytest.raises(ValueError, match="has no layers encoder_0, encoder_1, "):
         layerwise_decay(build(problem), 0.9)
     for decay in (0.0, 1.1, -1.0):
         with pytest.raises(ValueError, match=r"decay must be a number in \(0, 1\], got"):

@@ -103,7 +103,7 @@ def compare() -> None:
         ):
             print(f"  {name}: largest difference {np.abs(our - theirs).max():.1e}")
         with tempfile.TemporaryDirectory() as directory:
-            save_transformer_model(ours, directory, sizes)
+            save_transformer_model(ours, directory)
             again = BertForPreTraining.from_pretrained(directory, attn_implementation="eager")
             bare = BertModel.from_pretrained(directory, attn_implementation="eager")
         state = model.state_dict()

@@ -116,7 +116,7 @@ def compare(family: str) -> None:
         }
         save_file(weights, Path(first, "model.safetensors"))
         ours = build_transformer_model(first, first, with_mlm=True)
-        save_transformer_model(ours, second, first, family)
+        save_transformer_model(ours, second)
         kind = FAMILIES[family][1]
         found = outputs(second, kind, golden["token_ids"], golden["decoder_token_ids"])
     for name, value in found.items():

@@ -53,10 +53,11 @@ class MultiHeadAttention(ProjectedAttention):
 
         head_h = softmax(λ X W_q^h (Y W_k^h)ᵀ) Z W_v^h,    output = [head_1, ..., head_n] W_o
 
-    Takes the arguments of `keras.layers.MultiHeadAttention` and gives what that gives, with
-    two differences. A query that sees nothing, such as one that `query_mask` forbids, gets
-    heads and scores of zeros, where Keras gives the mean of all values, hidden ones included.
-    A mask of rank 2 is refused, as it may be padding or a pattern.
+    Takes the arguments of `keras.layers.MultiHeadAttention` and gives what that gives, except
+    where no query should be read: one that sees nothing gets heads and scores of zeros, one
+    that its own mask hides is treated as any other, and in Keras both get the mean of all
+    values, hidden ones included. A mask of rank 2 is refused, as it may be padding or a
+    pattern.
 
     The projections `query_dense`, `key_dense`, `value_dense`, `output_dense` are `Dense`
     layers over the heads side by side, so `enable_lora` and `quantize` work on them: Keras's
@@ -68,8 +69,8 @@ class MultiHeadAttention(ProjectedAttention):
         query: (batch, targets, width).
         value: (batch, sources, value_width).
         key: (batch, sources, key_width). Default: `value`.
-        query_mask: boolean (batch, targets), True = attend. Default: the Keras mask of the
-            query, which the output has too.
+        query_mask: the Keras mask of the query, which Keras gives and the output has too. It
+            hides nothing: what keys and values are not to be seen, the others say.
         value_mask, key_mask: boolean (batch, sources), True = attend. Default: the Keras masks.
         attention_mask: boolean (batch, targets, sources) or (batch, heads, targets, sources),
             sizes of 1 broadcast; joined with the others. Default: None.

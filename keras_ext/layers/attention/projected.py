@@ -137,7 +137,7 @@ class ProjectedAttention(keras.layers.Layer):
         query: Any,
         value: Any,
         key: Any = None,
-        query_mask: Any = None,
+        query_mask: Any = None,  # Keras hands it on to the output; what is hidden is not read
         value_mask: Any = None,
         key_mask: Any = None,
         attention_mask: Any = None,
@@ -159,13 +159,10 @@ class ProjectedAttention(keras.layers.Layer):
             positions=positions,
             return_scores=return_attention_scores,
         )
-        heads, *scores = attended if return_attention_scores else (attended,)
-        if query_mask is not None:  # as one more mask of the scores, for all attentions
-            seeing = ops.cast(query_mask, "bool")
-            heads = ops.where(seeing[:, :, None, None], heads, 0.0)
-            scores = [ops.where(seeing[:, None, :, None], s, 0.0) for s in scores]
-        output = self._merge(heads)
-        return (output, *scores) if scores else output
+        if not return_attention_scores:
+            return self._merge(attended)
+        heads, scores = attended
+        return self._merge(heads), scores
 
     def step(self, inputs: Any, state: Any, **pattern: Any) -> tuple[Any, Any]:
         """One token more of causal self-attention, at a cost that `state` bounds.

@@ -1,6 +1,7 @@
 """MultiHeadAttention takes what Keras's takes, and gives what that gives."""
 
 import inspect
+import itertools
 
 import keras
 import numpy as np
@@ -42,7 +43,9 @@ def copy_weights(keras_layer, layer):
 
 def both(rng, *args, **options):
     """Keras's attention and ours, with the same random weights."""
-    layers = [cls(HEADS, SIZE, *args, **options) for cls in (KerasAttention, MultiHeadAttention)]
+    layers = [
+        cls(HEADS, SIZE, *args, **options) for cls in (KerasAttention, MultiHeadAttention)
+    ]
     for layer in layers:
         layer.build((2, TARGETS, 8), (2, SOURCES, 7), (2, SOURCES, 6))
     for weight in layers[0].weights:
@@ -174,9 +177,7 @@ def test_scores_times_values_are_the_heads(option):
 def test_scores_in_a_model():
     query, value = keras.Input((TARGETS, 8)), keras.Input((SOURCES, 7))
     layer = MultiHeadAttention(HEADS, SIZE, output_shape=(3,))
-    model = keras.Model(
-        [query, value], layer(query, value=value, return_attention_scores=True)
-    )
+    model = keras.Model([query, value], layer(query, value=value, return_attention_scores=True))
     assert [x.shape[1:] for x in model.outputs] == [(TARGETS, 3), (HEADS, TARGETS, SOURCES)]
     inputs = arrays(np.random.default_rng(0))[:2]
     outputs, scores = model.predict(list(inputs), verbose=0)
@@ -246,7 +247,7 @@ def test_initialisers():
         ops.convert_to_numpy(d.bias)
         for d in (layer.query_dense, layer.key_dense, layer.value_dense, layer.output_dense)
     ]
-    assert all((b != other).all() for b, other in zip(biases, biases[1:], strict=False))
+    assert all((b != other).all() for b, other in itertools.pairwise(biases))
 
 
 # --- arguments ---

@@ -11,7 +11,8 @@ def by_rows(layer: keras.layers.Layer, x: Any) -> Any:
 
     JAX makes the gradient of a kernel from a tensor of three axes with a transposition that
     takes as long as the product itself; from a matrix, without. TensorFlow multiplies matrices
-    in either case.
+    in either case. An activity regulariser is a mean over the first axis, so a layer with one
+    gets the tensor as it is.
 
     Args:
         x: (..., width).
@@ -22,5 +23,7 @@ def by_rows(layer: keras.layers.Layer, x: Any) -> Any:
         >>> by_rows(keras.layers.Dense(3), keras.ops.ones((4, 5, 2))).shape == (4, 5, 3)
         True
     """
+    if layer.activity_regularizer is not None:
+        return layer(x)
     y = layer(ops.reshape(x, (-1, x.shape[-1])))
     return ops.reshape(y, (*ops.shape(x)[:-1], y.shape[-1]))

@@ -130,9 +130,9 @@ class TransformerBlock(keras.layers.Layer):
     `cross_attention_norm`.
 
     Args:
-        attention: layer called as `attention(x, memory)`, with `attention_mask=` and
-            `attention_bias=` where the block is; it finds the padding as the Keras mask of the
-            memory.
+        attention: layer called as `attention(x, memory)`, with `attention_mask=`,
+            `attention_bias=` and `positions=` where the block is; it finds the padding as the
+            Keras mask of the memory.
         feed_forward: layer called as `feed_forward(h)`.
         dropout: rate of dropout on the output of either. Default: 0.
         norm: what normalises, a layer that those of the block are made like. Default:
@@ -152,6 +152,8 @@ class TransformerBlock(keras.layers.Layer):
             what `attention` attends to. Default: x itself.
         condition: passed to the norms, such as `ConditionalLayerNormalization`. Default: None.
         attention_bias: passed to `attention`. Default: None.
+        positions: where the tokens stand, integers (batch, length), passed to `attention`.
+            Default: None.
 
     Raises:
         ValueError: a block with a cross attention is called without memory.
@@ -218,12 +220,17 @@ class TransformerBlock(keras.layers.Layer):
         memory: Any = None,
         condition: Any = None,
         attention_bias: Any = None,
+        positions: Any = None,
         training: bool | None = None,
     ) -> Any:
         def run(inputs: Any, memory: Any, condition: Any, attention_bias: Any) -> Any:
-            return self._run(
-                inputs, attention_mask, memory, condition, attention_bias, training
-            )
+            given = {
+                "attention_mask": attention_mask,
+                "attention_bias": attention_bias,
+                "positions": positions,
+            }
+            pattern = {name: value for name, value in given.items() if value is not None}
+            return self._run(inputs, memory, condition, pattern, training)
 
         tensors = inputs, memory, condition, attention_bias
         if training and self.recompute:
@@ -233,15 +240,11 @@ class TransformerBlock(keras.layers.Layer):
     def _run(
         self,
         inputs: Any,
-        attention_mask: Any,
         memory: Any,
         condition: Any,
-        attention_bias: Any,
+        pattern: dict[str, Any],
         training: bool | None,
     ) -> Any:
-        given = {"attention_mask": attention_mask, "attention_bias": attention_bias}
-        pattern = {name: value for name, value in given.items() if value is not None}
-
         def attend(x: Any) -> Any:
             own = memory is None or self.cross_attention is not None
             return self.attention(x, x if own else memory, training=training, **pattern)

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_ext.layers import FeedForward, MultiHeadAttention, TransformerBlock, gelu_tanh
+from keras_ext.layers import (
+    FeedForward,
+    GatedAttentionBlock,
+    GatedAttentionUnit,
+    LinearAttention,
+    MultiHeadAttention,
+    RelativePosition,
+    RotaryPosition,
+    TransformerBlock,
+    gelu_tanh,
+)
 
 HIDDEN = np.random.default_rng(0).normal(size=(2, 5, 8)).astype("float32")
 
@@ -97,6 +107,54 @@ def test_a_causal_mask_hides_the_future():
     )
     np.testing.assert_allclose(first[:, :3], second[:, :3], atol=1e-6)
     assert np.abs(first[:, 3:] - second[:, 3:]).max() > 0.1
+
+
+POSITIONS = np.array([[4, 2, 0, 1, 3], [0, 1, 2, 4, 3]])  # an order of the tokens
+
+
+@pytest.mark.parametrize("crossed", [False, True])
+def test_positions_reach_the_attention_but_not_the_memory(crossed):
+    attention = MultiHeadAttention(2, 4, position=RotaryPosition())
+    memory = {"memory": HIDDEN[:, :3] + 1} if crossed else {}
+    cross_attention = MultiHeadAttention(2, 4) if crossed else None
+    block = TransformerBlock(attention, FeedForward(16), cross_attention=cross_attention)
+    counted = ops.convert_to_numpy(block(HIDDEN, **memory))
+    x, expected = (np.take_along_axis(x, POSITIONS[..., None], 1) for x in (HIDDEN, counted))
+    outputs = ops.convert_to_numpy(block(x, positions=POSITIONS, **memory))
+    np.testing.assert_allclose(outputs, expected, atol=1e-5)
+    assert np.abs(ops.convert_to_numpy(block(x, **memory)) - expected).max() > 1e-3
+
+
+def test_an_attention_without_positions_refuses_them():
+    for attention in (LinearAttention(2, 4), MultiHeadAttention(2, 4)):
+        with pytest.raises(ValueError, match=r"positions .*no effect"):
+            TransformerBlock(attention, FeedForward(16))(HIDDEN, positions=POSITIONS)
+
+
+def transformer_of(recompute):
+    attention = MultiHeadAttention(2, 4, dropout=0.2, position=RelativePosition(2))
+    return TransformerBlock(attention, FeedForward(16), recompute=recompute)
+
+
+def gated_of(recompute):
+    unit = GatedAttentionUnit(16, 4, dropout=0.2, position=RotaryPosition())
+    return GatedAttentionBlock(unit, recompute=recompute)
+
+
+@pytest.mark.parametrize("make", [transformer_of, gated_of])
+def test_a_block_computes_again_at_the_same_positions(make):
+    trained = []
+    for recompute in (False, True):
+        keras.utils.set_random_seed(3)
+        inputs, positions = keras.Input((5, 8)), keras.Input((5,), dtype="int32")
+        outputs = make(recompute)(keras.layers.Masking()(inputs), positions=positions)
+        model = keras.Model([inputs, positions], outputs)
+        model.compile("sgd", "mse", jit_compile=keras.backend.backend() != "torch")
+        for _ in range(2):
+            model.train_on_batch([HIDDEN, POSITIONS], HIDDEN[:, ::-1])
+        trained.append(model.get_weights())
+    for plain, again in zip(*trained, strict=True):
+        np.testing.assert_allclose(again, plain, atol=1e-6)
 
 
 def test_dropout_acts_in_training_only():

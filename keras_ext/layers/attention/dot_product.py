@@ -22,6 +22,8 @@ def dot_product_attention(
     causal: bool = False,
     position: Position | None = None,
     positions: tuple[Any, Any] = (None, None),
+    flash_attention: bool | None = None,
+    return_scores: bool = False,
 ) -> Any:
     """Scaled dot-product attention, all heads at once.
 
@@ -36,10 +38,15 @@ def dot_product_attention(
         bias: added to the scores, of rank 4 as `mask`.
         causal: the i-th query sees the first i keys only.
         position: that has encoded queries and keys; it scores and sums them. Default: none.
-        positions: of the queries (targets,) and of the keys (sources,), for `position`.
+        positions: of the queries ([batch,] targets) and of the keys ([batch,] sources), for
+            `position`.
+        flash_attention: as of `keras.ops.dot_product_attention`, where that computes the
+            outputs. Default: None, if possible.
+        return_scores: give the weights too, before dropout. Default: False.
 
     Returns:
-        (batch, targets, heads, value_dim) in the dtype of `value`.
+        (batch, targets, heads, value_dim) in the dtype of `value`; with `return_scores` also
+        the weights (batch, heads, targets, sources).
 
     Example:
         >>> q = k = v = keras.random.normal((2, 5, 4, 8))
@@ -54,9 +61,16 @@ def dot_product_attention(
     if causal and mask is not None:
         mask, causal = ops.logical_and(mask, order), False
     same_size = query.shape[-1] == value.shape[-1]  # as JAX wants them
-    if same_size and dropout is None and bias is None and position.only_encodes:
+    plain = same_size and dropout is None and bias is None and position.only_encodes
+    if plain and not return_scores:
         outputs = ops.dot_product_attention(
-            query, key, value, mask=mask, scale=scale, is_causal=causal
+            query,
+            key,
+            value,
+            mask=mask,
+            scale=scale,
+            is_causal=causal,
+            flash_attention=flash_attention,
         )
     else:
         scores = position.scores(query * scale, key, *positions)
@@ -65,13 +79,14 @@ def dot_product_attention(
         if causal or mask is not None:
             scores = ops.where(order if mask is None else mask, scores, LOG_ZERO)
         weights = ops.cast(ops.softmax(scores), value.dtype)  # (batch, heads, targets, sources)
-        if dropout is not None:
-            weights = dropout(weights)
-        outputs = position.outputs(weights, value, *positions)
-    if mask is None:
-        return outputs
-    attends = ops.any(mask, axis=-1, keepdims=True)  # (batch, heads, targets, 1)
-    return ops.where(ops.transpose(attends, (0, 2, 1, 3)), outputs, ops.zeros_like(outputs))
+        kept = weights if dropout is None else dropout(weights)
+        outputs = position.outputs(kept, value, *positions)
+    if mask is not None:
+        attends = ops.any(mask, axis=-1, keepdims=True)  # (batch, heads, targets, 1)
+        outputs = ops.where(ops.transpose(attends, (0, 2, 1, 3)), outputs, 0.0)
+        if return_scores:
+            weights = ops.where(attends, weights, 0.0)
+    return (outputs, weights) if return_scores else outputs
 
 
 def log_scaled(

@@ -112,8 +112,9 @@ class FavorAttention(FeatureAttention):
         causal: tokens see no later ones. Default: False.
         chunk_size: of the causal form; changes nothing but speed. Default: 128.
         seed: of the projections. Default: a random one.
-        use_bias: of all learned projections. Default: True.
-        kernel_initializer: of all learned projections. Default: "glorot_uniform".
+        use_bias, output_shape, kernel_initializer, bias_initializer, kernel_regularizer,
+            bias_regularizer, activity_regularizer, kernel_constraint, bias_constraint: as of
+            `MultiHeadAttention`.
 
     Call arguments: those of `LinearAttention`.
 

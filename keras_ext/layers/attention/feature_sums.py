@@ -165,6 +165,8 @@ class FeatureAttention(ProjectedAttention):
         *,
         causal: bool,
         training: bool | None,
+        positions: Any = None,
+        return_scores: bool = False,
     ) -> Any:
         for name, given in (("mask", attention_mask), ("bias", attention_bias)):
             if given is not None:
@@ -173,6 +175,17 @@ class FeatureAttention(ProjectedAttention):
                     f"{tuple(given.shape)} could act on: use value_mask for padding and "
                     "causal=True for order, or MultiHeadAttention."
                 )
+        if return_scores:
+            raise ValueError(
+                f"{type(self).__name__} has no scores that return_attention_scores=True could "
+                "return: leave it out, or use MultiHeadAttention."
+            )
+        if positions is not None:
+            raise ValueError(
+                f"{type(self).__name__} does not know where tokens stand, so positions of "
+                f"shape {tuple(positions.shape)} have no effect: add a PositionEmbedding to "
+                "the inputs, or use MultiHeadAttention."
+            )
         wide = at_least_float32(self.compute_dtype)
         query, key = (ops.cast(x, wide) for x in (query, self.for_all_heads(key)))
         query, key, _ = self.features(query, key, source_mask)

@@ -23,7 +23,7 @@ from keras_ext.layers.attention.dot_product import (
     join_masks,
     log_scaled,
 )
-from keras_ext.layers.attention.positions import Position
+from keras_ext.layers.attention.positions import Position, given_positions
 from keras_ext.layers.rows import by_rows
 from keras_ext.layers.transformer import named_norm, norm_config, serialize_unbuilt
 
@@ -50,9 +50,12 @@ class GatedAttentionUnit(keras.layers.Layer):
         inputs: (batch, length, width). The output is like it.
         attention_mask: boolean (batch, length, length), True = attend; joined with the Keras
             mask of the inputs. Default: None.
+        positions: where the tokens stand, integers (batch, length), for `position`. Default:
+            0 ... length - 1.
 
     Raises:
-        ValueError: `units` or `key_dim` is not positive, or does not suit `position`.
+        ValueError: `units` or `key_dim` is not positive, or does not suit `position`. In a
+            call: positions come without a `position`, or are not integers (batch, length).
 
     Example:
         >>> unit = GatedAttentionUnit(units=64, key_dim=16, position=RotaryPosition())
@@ -121,14 +124,18 @@ class GatedAttentionUnit(keras.layers.Layer):
         self,
         inputs: Any,
         attention_mask: Any = None,
+        positions: Any = None,
         training: bool | None = None,
         mask: Any = None,
-        inputs_mask: Any = None,  # what Keras calls it beside an attention_mask
+        inputs_mask: Any = None,  # what Keras calls it beside another tensor
     ) -> Any:
         position = self.position or Position()
         if training:
             position = position.in_training()
-        positions = ops.arange(ops.shape(inputs)[1])
+        if positions is None:
+            positions = ops.arange(ops.shape(inputs)[1])
+        else:
+            positions = given_positions(positions, self.position, inputs)
         u, query, key, value = self._project(inputs, position, positions)
         seen = join_masks(mask if inputs_mask is None else inputs_mask, attention_mask)
         attended = dot_product_attention(
@@ -225,7 +232,7 @@ class GatedAttentionBlock(keras.layers.Layer):
 
     Call arguments:
         inputs: (batch, length, width). The output is like it.
-        attention_mask: as of the unit. Default: None.
+        attention_mask, positions: as of the unit. Default: None.
 
     Example:
         >>> unit = GatedAttentionUnit(units=64, key_dim=16)
@@ -260,9 +267,14 @@ class GatedAttentionBlock(keras.layers.Layer):
         self.attention_norm.build(inputs_shape)
 
     def call(
-        self, inputs: Any, attention_mask: Any = None, training: bool | None = None
+        self,
+        inputs: Any,
+        attention_mask: Any = None,
+        positions: Any = None,
+        training: bool | None = None,
     ) -> Any:
-        pattern = {} if attention_mask is None else {"attention_mask": attention_mask}
+        given = {"attention_mask": attention_mask, "positions": positions}
+        pattern = {name: value for name, value in given.items() if value is not None}
 
         def run(inputs: Any) -> Any:
             attended = self.attention(inputs, training=training, **pattern)

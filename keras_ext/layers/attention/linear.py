@@ -51,15 +51,17 @@ class LinearAttention(FeatureAttention):
             registered (`keras.saving.register_keras_serializable`). Default: "elu".
         causal: tokens see no later ones. Default: False.
         chunk_size: of the causal form; changes nothing but speed. Default: 128.
-        use_bias: of all projections. Default: True.
-        kernel_initializer: of all projections. Default: "glorot_uniform".
+        use_bias, output_shape, kernel_initializer, bias_initializer, kernel_regularizer,
+            bias_regularizer, activity_regularizer, kernel_constraint, bias_constraint: as of
+            `MultiHeadAttention`.
 
     Call arguments:
         query: (batch, targets, width).
         value: (batch, sources, value_width).
         key: (batch, sources, key_width). Default: `value`.
-        value_mask, key_mask: boolean (batch, sources), True = attend. Default: the Keras masks.
-        attention_mask, attention_bias: refused, there are no scores.
+        query_mask, value_mask, key_mask: as of `MultiHeadAttention`.
+        attention_mask, attention_bias, return_attention_scores: refused, there are no scores.
+        positions: refused.
         use_causal_mask: as `causal`, for this call. Default: False.
 
     Raises:

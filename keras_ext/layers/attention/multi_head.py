@@ -21,6 +21,7 @@ Source: Vaswani et al. 2017, arXiv 1706.03762; kexue.fm/archives/4765; log-n: 88
 CosA: 9859; windows: 9603.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -33,11 +34,17 @@ from keras_ext.layers.attention.dot_product import (
     log_scaled,
     of_rank_4,
 )
-from keras_ext.layers.attention.positions import Position
+from keras_ext.layers.attention.positions import Position, given_positions
 from keras_ext.layers.attention.projected import ProjectedAttention
 from keras_ext.layers.attention.windows import WindowBlocks
 from keras_ext.layers.transformer import serialize_unbuilt
 from keras_ext.numerics import cast_up, direction
+
+# Arguments of Keras's attention that this one does not have, and what to do.
+ELSEWHERE = {
+    "sliding_window": "the same window is window=",
+    "use_gate": "heads have no gates, GatedAttentionUnit has them",
+}
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
@@ -46,44 +53,67 @@ class MultiHeadAttention(ProjectedAttention):
 
         head_h = softmax(λ X W_q^h (Y W_k^h)ᵀ) Z W_v^h,    output = [head_1, ..., head_n] W_o
 
+    Takes the arguments of `keras.layers.MultiHeadAttention` and gives what that gives, except
+    where no query should be read: one that sees nothing gets heads and scores of zeros, one
+    that its own mask hides is treated as any other, and in Keras both get the mean of all
+    values, hidden ones included. A mask of rank 2 is refused, as it may be padding or a
+    pattern.
+
     The projections `query_dense`, `key_dense`, `value_dense`, `output_dense` are `Dense`
-    layers over the heads side by side, so `enable_lora` and `quantize` work on them. The
-    output has the width of the query. Without dropout, bias, window and such positions as
-    change the scores it runs through `keras.ops.dot_product_attention`, on a GPU by flash
-    attention.
+    layers over the heads side by side, so `enable_lora` and `quantize` work on them: Keras's
+    weights fit once their axes of heads and sizes are joined. Without dropout, bias, window,
+    returned scores and such positions as change the scores it runs through
+    `keras.ops.dot_product_attention`, on a GPU by flash attention.
 
     Call arguments:
         query: (batch, targets, width).
         value: (batch, sources, value_width).
         key: (batch, sources, key_width). Default: `value`.
+        query_mask: the Keras mask of the query, which Keras gives and the output has too. It
+            hides nothing: what keys and values are not to be seen, the others say.
         value_mask, key_mask: boolean (batch, sources), True = attend. Default: the Keras masks.
         attention_mask: boolean (batch, targets, sources) or (batch, heads, targets, sources),
             sizes of 1 broadcast; joined with the others. Default: None.
-        attention_bias: added to the scores, of a shape as `attention_mask`. Default: None.
+        return_attention_scores: give the output and the weights, (batch, heads, targets,
+            sources), as they are before dropout. Default: False.
         use_causal_mask: as `causal`, for this call. Default: False.
+        attention_bias: added to the scores, of a shape as `attention_mask`. Default: None.
+        positions: where the tokens of self-attention stand, integers (batch, length), for
+            `position`. What is causal or in the window, the order of the tokens decides.
+            Default: 0 ... length - 1.
 
     Args:
         num_heads: number of heads.
         key_dim: width of a head's queries and keys.
         value_dim: width of a head's values. Default: `key_dim`.
+        dropout: rate of dropout on the attention weights. Default: 0.
+        use_bias: of all projections. Default: True.
+        output_shape: width of the output. Default: that of the query.
+        attention_axes: None or 1: it is over the axis of the tokens. Default: None.
         num_kv_heads: number of heads of keys and values, each for num_heads / num_kv_heads
             heads of queries. Default: `num_heads`.
-        dropout: rate of dropout on the attention weights. Default: 0.
         causal: tokens see no later ones. Default: False.
         window: w, see above; for self-attention. Default: None, all.
         position: a `RotaryPosition`, `ReRoPE`, `RelativePosition` or `T5Bias`. Default: none.
         query_norm, key_norm: give queries, keys the length 1. Default: False.
         scale: λ. Default: 1 if one of them is normalised, else 1/√key_dim.
         log_length: N of the log-n scaling, which multiplies λ by log_N(n). Default: None, off.
-        use_bias: of all projections. Default: True.
-        kernel_initializer: of all projections. Default: "glorot_uniform".
-        query_initializer: of the queries' kernel instead. Default: `kernel_initializer`.
+        flash_attention: as of `keras.ops.dot_product_attention`: True fails where it is
+            impossible. Default: None, where possible.
+        query_initializer: of the queries' kernel. Default: `kernel_initializer`.
+        seed: of the dropout. Default: a random one.
+        kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer,
+            activity_regularizer, kernel_constraint, bias_constraint: of all projections, as
+            for `Dense`. Default: "glorot_uniform", "zeros", none.
 
     Raises:
         ValueError: a number is not positive, `num_kv_heads` does not divide `num_heads`,
-            rotary positions have an odd `key_dim`, or both norms come without a `scale`. When
+            rotary positions have an odd `key_dim`, both norms come without a `scale`,
+            `output_shape` or `attention_axes` has several axes, an option of biases comes
+            without biases, or `flash_attention=True` with what makes it impossible. When
             built: the position is in another attention. In a call: a mask or a bias of another
-            rank; a window comes with one, or with another length of the sources.
+            rank; a window comes with one, with returned scores, or with another length of the
+            sources; positions come without a `position`, or are not integers (batch, length).
 
     Example:
         >>> attention = MultiHeadAttention(4, 8, causal=True, position=RotaryPosition())
@@ -97,8 +127,12 @@ class MultiHeadAttention(ProjectedAttention):
         num_heads: int,
         key_dim: int,
         value_dim: int | None = None,
-        num_kv_heads: int | None = None,
         dropout: float = 0.0,
+        use_bias: bool = True,
+        output_shape: int | Sequence[int] | None = None,
+        attention_axes: int | Sequence[int] | None = None,
+        *,
+        num_kv_heads: int | None = None,
         causal: bool = False,
         window: int | None = None,
         position: Position | None = None,
@@ -106,10 +140,30 @@ class MultiHeadAttention(ProjectedAttention):
         key_norm: bool = False,
         scale: float | None = None,
         log_length: int | None = None,
+        flash_attention: bool | None = None,
         query_initializer: Any = None,
+        seed: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_heads, key_dim, value_dim, num_kv_heads, causal, **kwargs)
+        for name, instead in ELSEWHERE.items():
+            if name in kwargs:
+                raise ValueError(f"{name}={kwargs[name]} is not taken here: {instead}.")
+        super().__init__(
+            num_heads,
+            key_dim,
+            value_dim,
+            num_kv_heads,
+            causal,
+            use_bias,
+            output_shape,
+            **kwargs,
+        )
+        axes = (attention_axes,) if isinstance(attention_axes, int) else attention_axes
+        if axes is not None and tuple(axes) not in ((1,), (-2,)):
+            raise ValueError(
+                f"attention_axes must be None or 1, got {attention_axes}: inputs are (batch, "
+                "length, width), of which the length is attended over."
+            )
         self.query_initializer = keras.initializers.get(query_initializer)
         if self.query_initializer is not None:
             self.query_dense.kernel_initializer = self.query_initializer.clone()
@@ -134,9 +188,28 @@ class MultiHeadAttention(ProjectedAttention):
         self.key_norm = key_norm
         self.scale = scale
         self.log_length = log_length
-        self.dropout_layer = keras.layers.Dropout(
-            dropout, name="dropout", dtype=self.dtype_policy
+        self.flash_attention = flash_attention
+        self._refuse_flash_attention_with(
+            {
+                f"dropout={dropout}": dropout > 0,
+                f"window={window}": window is not None,
+                f"position={type(position).__name__}": not (position or Position).only_encodes,
+                f"value_dim={self.value_dim} beside key_dim={key_dim}": key_dim
+                != self.value_dim,
+            }
         )
+        self.seed = seed
+        self.dropout_layer = keras.layers.Dropout(
+            dropout, seed=seed, name="dropout", dtype=self.dtype_policy
+        )
+
+    def _refuse_flash_attention_with(self, obstacles: dict[str, bool]) -> None:
+        for obstacle, present in obstacles.items():
+            if self.flash_attention and present:
+                raise ValueError(
+                    f"flash_attention=True is impossible with {obstacle}: leave out one of "
+                    "them."
+                )
 
     def build(
         self, query_shape: tuple, value_shape: tuple, key_shape: tuple | None = None
@@ -161,7 +234,17 @@ class MultiHeadAttention(ProjectedAttention):
         attention_bias: Any,
         causal: bool,
         training: bool | None,
+        positions: Any = None,
+        return_scores: bool = False,
     ) -> Any:
+        self._refuse_flash_attention_with(
+            {
+                "attention_bias": attention_bias is not None,
+                "return_attention_scores=True": return_scores,
+            }
+        )
+        if positions is not None:
+            positions = given_positions(positions, self.position, query, key)
         position = self.position or Position()
         if training:
             position = position.in_training()
@@ -172,9 +255,16 @@ class MultiHeadAttention(ProjectedAttention):
         if self.window is None:
             mask = join_masks(source_mask, attention_mask)
             at, of = (ops.arange(size) for size in sizes)
+            if positions is not None:
+                at = of = positions
         else:
             if attention_mask is not None or attention_bias is not None:
                 raise ValueError("A window takes no attention_mask or attention_bias.")
+            if return_scores:
+                raise ValueError(
+                    f"With window={self.window} the scores of most pairs are not computed: "
+                    "leave return_attention_scores out."
+                )
             if query.shape[1] != key.shape[1]:
                 raise ValueError(
                     f"A window needs as many targets as sources, got {query.shape[1]} and "
@@ -187,7 +277,9 @@ class MultiHeadAttention(ProjectedAttention):
             key, value = blocks.of_keys(key), blocks.of_keys(value)
             mask, causal = blocks.mask(source_mask), False
             at, of = blocks.query_positions, blocks.key_positions
-        heads = self._dot_product(
+            if positions is not None:
+                at, of = blocks.of_queries(positions), blocks.of_keys(positions)
+        attended = self._dot_product(
             position.encode(query, at),
             position.encode(key, of),
             value,
@@ -201,8 +293,10 @@ class MultiHeadAttention(ProjectedAttention):
             dropout=(lambda w: self.dropout_layer(w, training=True))
             if training and self.dropout
             else None,
+            flash_attention=self.flash_attention,
+            return_scores=return_scores,
         )
-        return heads if self.window is None else blocks.joined(heads)
+        return attended if self.window is None else blocks.joined(attended)
 
     def _normalise(self, query: Any, key: Any) -> tuple[Any, Any]:
         return (
@@ -293,7 +387,9 @@ class MultiHeadAttention(ProjectedAttention):
             "key_norm": self.key_norm,
             "scale": self.scale,
             "log_length": self.log_length,
+            "flash_attention": self.flash_attention,
             "query_initializer": keras.initializers.serialize(self.query_initializer),
+            "seed": self.seed,
         }
 
     @classmethod

@@ -92,8 +92,9 @@ class PolynomialAttention(FeatureAttention):
         kind: of the polynomial, "taylor" or "limit". Default: "taylor".
         causal: tokens see no later ones. Default: False.
         chunk_size: of the causal form; changes nothing but speed. Default: 128.
-        use_bias: of all projections. Default: True.
-        kernel_initializer: of all projections. Default: "glorot_uniform".
+        use_bias, output_shape, kernel_initializer, bias_initializer, kernel_regularizer,
+            bias_regularizer, activity_regularizer, kernel_constraint, bias_constraint: as of
+            `MultiHeadAttention`.
 
     Call arguments: those of `LinearAttention`.
 

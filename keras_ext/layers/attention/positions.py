@@ -68,6 +68,35 @@ def rotary_embedding(
     return ops.cast(ops.reshape(turned, shape), dtype)
 
 
+def given_positions(positions: Any, position: "Position | None", *tokens: Any) -> Any:
+    """The call argument `positions` of an attention, checked.
+
+    Args:
+        positions: integers (batch, length), where the tokens stand.
+        position: of the attention, which must have one.
+        tokens: targets and sources, (batch, length, ...).
+
+    Returns: int32 (batch, length).
+    """
+    if position is None:
+        raise ValueError(
+            "positions have no effect on an attention without a position: give it one, such as "
+            "position=RotaryPosition(), or leave them out."
+        )
+    positions = ops.convert_to_tensor(positions)
+    dtype, shape = keras.backend.standardize_dtype(positions.dtype), tuple(positions.shape)
+    if "int" not in dtype:
+        raise ValueError(f"positions must be integers, got {dtype}: cast them.")
+    for x in tokens:
+        sizes = zip(shape, x.shape[:2], strict=False)
+        if len(shape) != 2 or any(None not in pair and pair[0] != pair[1] for pair in sizes):
+            raise ValueError(
+                "positions must be those of self-attention, of the shape (batch, length) = "
+                f"{tuple(x.shape[:2])}, got {shape}."
+            )
+    return ops.cast(positions, "int32")  # unsigned ones have no negative distances
+
+
 class Position:
     """No positions; the base class of all others.
 
@@ -84,7 +113,10 @@ class Position:
         return self
 
     def encode(self, x: Any, positions: Any) -> Any:
-        """Queries or keys (batch, length, heads, size) as they enter `scores`, and a cache."""
+        """Queries or keys (batch, length, heads, size) as they enter `scores`, and a cache.
+
+        Positions are ([batch,] length).
+        """
         return x
 
     def scores(self, query: Any, key: Any, query_positions: Any, key_positions: Any) -> Any:
@@ -93,8 +125,8 @@ class Position:
         Args:
             query: encoded and scaled, (batch, targets, heads, size).
             key: encoded, (batch, sources, heads, size).
-            query_positions: (targets,).
-            key_positions: (sources,).
+            query_positions: ([batch,] targets).
+            key_positions: ([batch,] sources).
         """
         scores = ops.einsum("bthd,bshd->bhts", query, key)
         return cast_up(scores)

@@ -15,7 +15,7 @@ maximal distance, the last one takes all beyond.
 
 Exact. Vectors cost targets · sources · d numbers once for all heads and texts, and as many
 products again as queries with keys and weights with values; biases cost heads · targets ·
-sources numbers.
+sources numbers. Where texts have positions of their own, each text costs as much.
 
 Source: Shaw, Uszkoreit and Vaswani 2018, arXiv 1803.02155; Wei et al. 2019 (NEZHA), arXiv
 1909.00204; Raffel et al. 2020 (T5), arXiv 1910.10683; kexue.fm/archives/8130.
@@ -75,6 +75,16 @@ def sinusoids(length: int, size: int) -> np.ndarray:
     return np.stack([np.sin(angles), np.cos(angles)], -1).reshape(length, -1)[:, :size]
 
 
+def _distances(query_positions: Any, key_positions: Any) -> Any:
+    """j - i of keys at j and queries at i, ([batch,] targets, sources)."""
+    return ops.expand_dims(key_positions, -2) - ops.expand_dims(query_positions, -1)
+
+
+def _subscripts(vectors: Any) -> str:
+    """Axes of vectors of distances: those of each text, or the same for all."""
+    return "btsd" if len(vectors.shape) == 4 else "tsd"
+
+
 @keras.saving.register_keras_serializable(package="keras_ext")
 class RelativePosition(Position, keras.layers.Layer):
     """A vector for each distance, added to keys and values.
@@ -131,14 +141,14 @@ class RelativePosition(Position, keras.layers.Layer):
         return self.add_weight(shape=shape, initializer=self.initializer.clone(), name=name)
 
     def _vectors(self, table: Any, query_positions: Any, key_positions: Any, dtype: Any) -> Any:
-        distances = key_positions - ops.expand_dims(query_positions, 1)
+        distances = _distances(query_positions, key_positions)
         rows = ops.clip(distances, -self.max_distance, self.max_distance) + self.max_distance
-        return ops.take(ops.cast(table, dtype), rows, axis=0)  # (targets, sources, key_dim)
+        return ops.take(ops.cast(table, dtype), rows, axis=0)
 
     def scores(self, query: Any, key: Any, query_positions: Any, key_positions: Any) -> Any:
         scores = super().scores(query, key, query_positions, key_positions)
         vectors = self._vectors(self.key_table, query_positions, key_positions, query.dtype)
-        relative = ops.einsum("bthd,tsd->bhts", query, vectors)
+        relative = ops.einsum(f"bthd,{_subscripts(vectors)}->bhts", query, vectors)
         return scores + ops.cast(relative, scores.dtype)
 
     def outputs(
@@ -148,7 +158,7 @@ class RelativePosition(Position, keras.layers.Layer):
         if not self.on_values:
             return outputs
         vectors = self._vectors(self.value_table, query_positions, key_positions, value.dtype)
-        return outputs + ops.einsum("bhts,tsd->bthd", weights, vectors)
+        return outputs + ops.einsum(f"bhts,{_subscripts(vectors)}->bthd", weights, vectors)
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -244,12 +254,16 @@ class T5Bias(Position, keras.layers.Layer):
         return ops.cast(self.biases(*positions), self.compute_dtype)
 
     def biases(self, query_positions: Any, key_positions: Any) -> Any:
-        """Those of queries and keys at these positions, (1, num_heads, targets, sources)."""
-        distances = key_positions - ops.expand_dims(query_positions, 1)
+        """Those of queries and keys at these positions, (1, num_heads, targets, sources).
+
+        With positions (batch, length) there are as many of them as texts.
+        """
+        distances = _distances(query_positions, key_positions)
         reach = ops.clip(distances, -self.max_distance, self.max_distance) + self.max_distance
         of_distance = ops.take(self.embeddings, self._buckets, axis=0)  # (2 max + 1, heads)
-        bias = ops.take(of_distance, reach, axis=0)  # (targets, sources, heads)
-        return ops.expand_dims(ops.transpose(bias, (2, 0, 1)), 0)
+        bias = ops.take(of_distance, reach, axis=0)  # ([batch,] targets, sources, heads)
+        bias = ops.moveaxis(bias, -1, -3)
+        return bias if len(bias.shape) == 4 else bias[None]
 
     def scores(self, query: Any, key: Any, query_positions: Any, key_positions: Any) -> Any:
         scores = super().scores(query, key, query_positions, key_positions)

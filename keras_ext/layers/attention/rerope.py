@@ -84,7 +84,8 @@ class ReRoPE(RotaryPosition):
             at,
             of,
         )
-        distance = ops.expand_dims(query_positions, 1) - key_positions  # (targets, sources)
+        # ([batch,] 1, targets, sources)
+        distance = query_positions[..., None, :, None] - key_positions[..., None, None, :]
         return ops.where(distance < self.window, near, far)
 
     def get_config(self) -> dict[str, Any]:

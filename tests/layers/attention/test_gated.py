@@ -87,6 +87,43 @@ def test_positions_tell_orders_apart(position):
         assert np.allclose(one[:, order], other, atol=1e-5) == same
 
 
+@pytest.mark.parametrize("position", [RotaryPosition, RelativePosition])
+def test_tokens_stand_where_they_are_said_to(position):
+    unit, inputs = unit_of(5, position=position())
+    order = np.array([[3, 0, 4, 1, 2], [0, 1, 2, 4, 3]])
+    for layer in (unit, GatedAttentionBlock(unit)):
+        expected = ops.convert_to_numpy(layer(inputs))
+        counted = layer(inputs, positions=np.tile(np.arange(5), (2, 1)))
+        np.testing.assert_allclose(ops.convert_to_numpy(counted), expected, atol=1e-5)
+        x, y = (np.take_along_axis(x, order[..., None], 1) for x in (inputs, expected))
+        outputs = ops.convert_to_numpy(layer(x, positions=order + 7))
+        np.testing.assert_allclose(outputs, y, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [GatedAttentionUnit, GatedAttentionBlock])
+def test_positions_beside_a_mask(kind):
+    """Keras names the mask otherwise where there are two tensors."""
+    unit, inputs = unit_of(5, position=RotaryPosition())
+    layer = unit if kind is GatedAttentionUnit else GatedAttentionBlock(unit)
+    right, left = np.zeros((2, 7, 8), "float32"), np.zeros((2, 7, 8), "float32")
+    right[:, :5], left[:, 2:] = inputs, inputs
+    positions = np.maximum(np.tile(np.arange(7), (2, 1)) - 2, 0)
+    masked = keras.layers.Masking()
+    outputs = layer(masked(left), positions=positions)
+    np.testing.assert_array_equal(ops.convert_to_numpy(outputs._keras_mask), left.any(-1))
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(outputs)[:, 2:],
+        ops.convert_to_numpy(layer(masked(right)))[:, :5],
+        atol=2e-5,
+    )
+
+
+def test_positions_need_a_position():
+    unit, inputs = unit_of(5)
+    with pytest.raises(ValueError, match="no effect on an attention without a position"):
+        unit(inputs, positions=np.zeros((2, 5), int))
+
+
 def test_block():
     block = GatedAttentionBlock(GatedAttentionUnit(6, 4), norm=RMSNorm(1e-12, scale=False))
     inputs = RNG.normal(size=(2, 5, 8)).astype("float32")

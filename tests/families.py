@@ -49,7 +49,10 @@ def flags(family):
 def random_model(family, seed=0, sizes=SIZES, **options):
     """A model in which every weight matters: also biases and norms are random."""
     config = {**sizes, **OWN.get(family, {})}
-    model = build_transformer_model(config, model=family, **options)
+    return randomize(build_transformer_model(config, model=family, **options), seed)
+
+
+def randomize(model, seed=0):
     rng = np.random.default_rng(seed)
     for weight in model.weights:
         scale = 0.2 if len(weight.shape) == 1 else weight.shape[0] ** -0.5

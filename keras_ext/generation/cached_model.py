@@ -1,24 +1,26 @@
-"""Language models token by token: keys and values of the tokens before are kept.
+"""Language models token by token: what their attentions need of the tokens before is kept.
 
     logits, states = step(tokens, states),    equal to those of the whole text
 
-A step costs O(t (n + w)) for t new tokens after at most n, where the whole text again would
-cost O((n + t) (n + t + w)), w being the width. Exact but for rounding.
+With keys and values kept, a step costs O(t (n + w)) for t new tokens after at most n, where the
+whole text again would cost O((n + t) (n + t + w)), w being the width. Exact but for rounding.
 
 The graph of the model is built again on its own layers, which keep their weights: blocks and
 positions are called by what they do for the next tokens, all other layers treat tokens one by
 one and are called as they are. So whatever `build_transformer_model` and surgery make can
-generate, if no token sees later ones that are yet to come.
+generate, if no token sees later ones that are yet to come, and all attentions have the methods
+of a `DecodingAttention`.
 """
 
 import dataclasses
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_ext import layers
-from keras_ext.layers import PrefixMask
+from keras_ext.layers.attention.decoding import DecodingAttention
 from keras_ext.numerics import at_least_float32
 
 
@@ -30,7 +32,8 @@ class CachedModel:
 
     Args:
         model: functional, of `build_transformer_model`: a language model or UniLM
-            (`application`) or a sequence-to-sequence model, with its logits (`with_mlm`).
+            (`application`) or a sequence-to-sequence model, with its logits (`with_mlm`). It
+            may have a further input, `condition`, such as `condition_norms` makes.
 
     Attributes:
         max_length: tokens that the model has positions for, None for any number.
@@ -40,7 +43,8 @@ class CachedModel:
         has_memory: whether it has an encoder.
 
     Raises:
-        ValueError: the model has no logits, or not only earlier tokens are seen.
+        ValueError: the model has no logits, or further inputs, not only earlier tokens are
+            seen, or an attention lacks what it takes to be decoded.
 
     Example:
         >>> sizes = {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -65,27 +69,43 @@ class CachedModel:
             )
         whole, memories = _rebuilt(model.inputs, logits[0])
         self.has_memory = bool(memories)
-        inputs = whole.inputs
+        inputs = {x.name: x for x in whole.inputs}
+        self._check_inputs([*inputs])
+        self._condition = inputs.get("condition")
+        starts = [*inputs.values()]
         if self.has_memory:
-            names = [x.name for x in inputs]
-            if names != ["token_ids", "decoder_token_ids"]:
-                raise ValueError(f"{model.name} must be of application 'seq2seq', got {names}.")
-            self._encoder = keras.Model(inputs[0], memories[0])
-            inputs = [memories[0], inputs[1]]
+            self._encoder = _connected(
+                [x for x in starts if x.name != "decoder_token_ids"], memories[0]
+            )
+            starts = [memories[0], *(x for x in starts if x.name != "token_ids")]
         self._blocks: list[keras.layers.Layer] = []
         self._steps: list[_Step] = []
         self._call: _Call  # during a step
         self.max_length: int | None = None
         self.has_prefix = False
-        self._decoder, _ = _rebuilt(inputs, whole.output, self._as_step)
+        self._decoder, _ = _rebuilt(starts, whole.outputs[0], self._as_step)
         if not self._blocks:
             raise ValueError(f"{model.name} has no TransformerBlock to decode with.")
         [last] = [step for step in self._steps if step.number == len(self._blocks) - 1]
         last.is_last = True
 
+    def _check_inputs(self, names: list[str]) -> None:
+        if self.has_memory and not {"token_ids", "decoder_token_ids"} <= {*names}:
+            raise ValueError(
+                f"{self.model.name} must be of application 'seq2seq', got {names}."
+            )
+        known = "token_ids", "decoder_token_ids" if self.has_memory else "segment_ids"
+        further = [name for name in names if name not in (*known, "condition")]
+        if further:
+            raise ValueError(
+                f"{self.model.name} must have no inputs but {', '.join(known)} and condition, "
+                f"got {', '.join(further)} too. What else the text depends on can be made a "
+                "part of the condition, outside of the model."
+            )
+
     def _as_step(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
         """What a layer gives for the next tokens, None where it is called as it is."""
-        if isinstance(layer, PrefixMask):
+        if isinstance(layer, layers.PrefixMask):
             self.has_prefix = True
         number = None
         if isinstance(layer, layers.PositionEmbedding):
@@ -100,41 +120,97 @@ class CachedModel:
         return self._steps[-1](*args, **kwargs)
 
     def _check(self, block: Any, kwargs: dict[str, Any]) -> None:
-        crosses = getattr(block, "cross_attention", None) is not None
-        if not block.attention.causal and kwargs.get("attention_mask") is None:
+        """Refuse a block for what it lacks."""
+        attention, cross = (
+            getattr(block, name, None) for name in ("attention", "cross_attention")
+        )
+        if attention is None:
+            raise ValueError(f"{block.name} must be the attention of a TransformerBlock.")
+        the_attention = f"The attention of {block.name}, a {type(attention).__name__},"
+        if not isinstance(attention, DecodingAttention):
+            raise ValueError(
+                f"{the_attention} has no `initial_state` and `step` to be decoded by. See "
+                "`DecodingAttention` for what they do, or replace_attention."
+            )
+        patterns = getattr(attention, "step_patterns", ())
+        for name in ("attention_mask", "attention_bias"):
+            if kwargs.get(name) is not None and name not in patterns:
+                raise ValueError(
+                    f"{the_attention} takes no {name} in its steps, with which the block is "
+                    "called. Build the model without (a UniLM with application='lm'), or give "
+                    "it an attention that takes one, such as MultiHeadAttention."
+                )
+        if not getattr(attention, "causal", True) and kwargs.get("attention_mask") is None:
             raise ValueError(
                 f"{self.model.name} must not see later tokens, but its {block.name} does. "
                 "Build it with application='lm' or 'unilm'."
             )
-        if "memory" in kwargs and not crosses:
+        if "memory" in kwargs and cross is None:
             raise ValueError(f"{block.name} has a memory that is not of an encoder.")
-        keeps = isinstance(
-            block.attention, (layers.MultiHeadAttention, layers.GatedAttentionUnit)
-        )
-        if not keeps or getattr(block.attention, "window", None) is not None:
+        if cross is not None and not (hasattr(cross, "remember") and hasattr(cross, "recall")):
             raise ValueError(
-                f"The attention of {block.name}, a {type(block.attention).__name__}, keeps no "
-                "keys and values of all tokens. Decode it by its own `step`."
+                f"The cross attention of {block.name}, a {type(cross).__name__}, has no "
+                "`remember` and `recall`. See `ProjectedAttention` for what they do."
             )
 
-    def initial_states(self, batch_size: int, size: int) -> list[Any]:
-        """Empty caches of the blocks, for texts of at most `size` tokens, padding included."""
-        return [block.attention.initial_state(batch_size, size) for block in self._blocks]
+    def initial_states(self, batch_size: int, size: int) -> dict[str, Any]:
+        """States before the first token, for texts of at most `size` tokens with padding.
 
-    def encode(self, token_ids: Any) -> list[Any]:
-        """Keys and values of the encoder's output for token ids (batch, sources), by block."""
-        memory = self._encoder(token_ids, training=False)
+        Returns: `length`, the number of tokens that came, and `blocks`, a state of each.
+        """
+        return {
+            "length": ops.zeros((), "int32"),
+            "blocks": [
+                block.attention.initial_state(batch_size, size) for block in self._blocks
+            ],
+        }
+
+    def encode(self, token_ids: Any, condition: Any = None) -> list[Any]:
+        """Keys and values of the encoder's output for token ids (batch, sources), by block.
+
+        Args:
+            condition: as of `step`.
+        """
+        token_ids = ops.convert_to_tensor(token_ids)
+        known = {
+            "token_ids": token_ids,
+            "condition": self.as_condition(condition, token_ids.shape[0]),
+        }
+        memory = self._encoder([known[x.name] for x in self._encoder.inputs], training=False)[0]
         return [block.cross_attention.remember(memory) for block in self._blocks]
+
+    def as_condition(self, condition: Any, batch_size: int) -> Any:
+        """The condition as a tensor, None where the model has none.
+
+        Raises:
+            ValueError: it is not of the shape that the model has an input for.
+        """
+        shape = None if condition is None else tuple(np.shape(condition))
+        if self._condition is None:
+            if condition is not None:
+                raise ValueError(
+                    f"condition must be None, as {self.model.name} has no input of that name, "
+                    f"got an array {shape}. condition_norms makes one."
+                )
+            return None
+        expected = (batch_size, *self._condition.shape[1:])
+        if shape != expected:
+            raise ValueError(
+                f"condition must be an array {expected}, a row for each text, as "
+                f"{self.model.name} has an input of that name, got {shape}."
+            )
+        return ops.convert_to_tensor(condition, self._condition.dtype)
 
     def step(
         self,
         token_ids: Any,
         valid: Any,
-        states: list[Any],
+        states: dict[str, Any],
         segment_ids: Any = None,
         memories: list[Any] | None = None,
         memory_mask: Any = None,
-    ) -> tuple[Any, list[Any]]:
+        condition: Any = None,
+    ) -> tuple[Any, dict[str, Any]]:
         """Logits after the last of the next tokens.
 
         Args:
@@ -144,31 +220,40 @@ class CachedModel:
             segment_ids: integers (batch, tokens). Default: zeros.
             memories: of `encode`, where the model has an encoder.
             memory_mask: boolean (batch, sources), False at the padding of the sources.
+            condition: (batch, features), where the model has an input `condition`.
 
         Returns: logits (batch, vocab_size) in float32 at least, and the new states.
         """
         token_ids, valid = ops.convert_to_tensor(token_ids), ops.convert_to_tensor(valid)
-        places = states[0]["length"] + ops.arange(ops.shape(token_ids)[1])
+        (batch, number), length = ops.shape(token_ids), states["length"]
         known = {
             "token_ids": token_ids,
             "decoder_token_ids": token_ids,
             "segment_ids": ops.zeros_like(token_ids)
             if segment_ids is None
             else ops.convert_to_tensor(segment_ids),
+            "condition": self.as_condition(condition, token_ids.shape[0]),
         }
         names = [x.name for x in self._decoder.inputs]
         if self.has_memory:  # which the blocks have as keys and values
-            batch, width = ops.shape(token_ids)[0], self._decoder.inputs[0].shape[-1]
-            known[names[0]] = ops.zeros((batch, 1, width), self._decoder.inputs[0].dtype)
-        new_states: list[Any] = [None] * len(states)
-        memories = [] if memories is None else memories
-        self._call = _Call(valid, places, states, new_states, memories, memory_mask)
+            memory = self._decoder.inputs[0]
+            known[memory.name] = ops.zeros((batch, 1, memory.shape[-1]), memory.dtype)
+        self._call = _Call(
+            places=length + ops.arange(number),
+            valid=valid,
+            next_valid=ops.slice(valid, (0, length), (batch, number)),
+            states=states["blocks"],
+            new_states=[None] * len(self._blocks),
+            memories=memories or [],
+            memory_mask=memory_mask,
+        )
         try:
-            logits = self._decoder([known[name] for name in names], training=False)[:, -1]
+            logits = self._decoder([known[name] for name in names], training=False)[0][:, -1]
+            blocks = self._call.new_states
         finally:
             del self._call  # it holds tensors, which may be of a program being compiled
-        wide = at_least_float32(logits.dtype)
-        return ops.cast(logits, wide), new_states
+        logits = ops.cast(logits, at_least_float32(logits.dtype))
+        return logits, {"length": length + number, "blocks": blocks}
 
     def run(self, step: "_Step", inputs: Any, **kwargs: Any) -> Any:
         """What the layer of a step gives for the inputs at the next places."""
@@ -179,37 +264,23 @@ class CachedModel:
         if number is None:  # no block: a `PositionEmbedding`
             padding = ops.sum(ops.cast(ops.logical_not(call.valid), "int32"), 1, keepdims=True)
             return layer(inputs, ops.maximum(call.places - padding, 0))
-        pattern = {"attention_mask": self._seen(kwargs.pop("attention_mask", None))}
-        if kwargs.get("attention_bias") is not None:
-            pattern["attention_bias"] = kwargs["attention_bias"]
+        names = ("attention_mask", "attention_bias", "condition")
+        given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         if self.has_memory:
-            pattern |= {
-                "memory": call.memories[number],
-                "memory_mask": call.memory_mask,
-            }
-        outputs, state = layer.step(inputs, call.states[number], **pattern)
+            given |= {"memory": call.memories[number], "memory_mask": call.memory_mask}
+        outputs, state = layer.step(inputs, call.states[number], valid=call.next_valid, **given)
         call.new_states[number] = state
         # What comes after the last block is for the last token alone.
         return outputs[:, -1:] if step.is_last else outputs
-
-    def _seen(self, pattern: Any) -> Any:
-        """The tokens before, and those of the pattern among the next: (batch, tokens, size)."""
-        seen = self._call.valid[:, None]
-        if pattern is None:
-            return seen
-        number, size = ops.shape(pattern)[1], ops.shape(seen)[2]
-        everywhere = ops.broadcast_to(seen, (ops.shape(seen)[0], number, size))
-        start = (0, 0, self._call.places[0])
-        next_valid = ops.slice(everywhere, start, ops.shape(pattern))
-        return ops.slice_update(everywhere, start, ops.logical_and(pattern, next_valid))
 
 
 @dataclasses.dataclass
 class _Call:
     """What the layers of one step share."""
 
-    valid: Any
-    places: Any  # of the next tokens in the caches
+    places: Any  # of the next tokens among all, (tokens,)
+    valid: Any  # of all tokens, (batch, size)
+    next_valid: Any  # of the next
     states: list[Any]
     new_states: list[Any]
     memories: list[Any]
@@ -237,10 +308,16 @@ class _Step(keras.layers.Layer):
         return self.layer.compute_output_spec(inputs, **kwargs)
 
 
+def _connected(inputs: list[Any], output: Any) -> keras.Model:
+    """Its first output is the one given: older Keras wants every input to lead to one."""
+    return keras.Model(inputs, [output, *map(keras.layers.Identity(), inputs)])
+
+
 def _rebuilt(inputs: list[Any], output: Any, call: Any = None) -> tuple[keras.Model, list[Any]]:
     """The graph on the same layers, but for `call(layer, *args)` where that gives outputs.
 
-    Returns: the model, and what the cross attentions attend to in it.
+    Returns: the model, of which the first output counts, and what the cross attentions attend
+        to in it.
     """
     memories = []
 
@@ -251,7 +328,7 @@ def _rebuilt(inputs: list[Any], output: Any, call: Any = None) -> tuple[keras.Mo
         return layer(*args, **kwargs) if made is None else made
 
     rebuilt = keras.models.clone_model(
-        keras.Model(inputs, output),
+        _connected(inputs, output),
         clone_function=lambda layer: layer,
         call_function=call_layer,
     )

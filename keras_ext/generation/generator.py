@@ -113,6 +113,7 @@ class Generator:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        condition: Any = None,
     ) -> list[list[int]]:
         """Texts for a batch of prompts.
 
@@ -123,15 +124,17 @@ class Generator:
             num_beams: texts that beam search keeps. Default: 1, greedy.
             length_penalty: α of beam search; 0 sums the logarithms. Default: 1, their mean.
             temperature, top_k, top_p: of `sample_tokens`; with any of them tokens are drawn.
+            condition: array (batch, features), a row for each prompt, of a model with such an
+                input (`condition_norms`). Default: None, it has none.
 
         Returns: the new tokens of each, without the end.
 
         Raises:
-            ValueError: a prompt is empty or too long for the model, or an argument is out of
-                range.
+            ValueError: a prompt is empty or too long for the model, an argument is out of
+                range, or the condition is not what the model takes.
         """
         search = Search(min_new_tokens, num_beams, length_penalty, temperature, top_k, top_p)
-        state, number = self._start(prompts, max_new_tokens, search)
+        state, number = self._start(prompts, max_new_tokens, search, condition)
         state = self._compiled(search)[1](state, _integer(number))
         rows = ops.convert_to_numpy(state["moving"]["tokens"])[
             ::num_beams
@@ -146,10 +149,11 @@ class Generator:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        condition: Any = None,
     ) -> Iterator[list[int | None]]:
         """The tokens of `generate` as they come: for each text the next, None after its end."""
         search = Search(min_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-        state, number = self._start(prompts, max_new_tokens, search)
+        state, number = self._start(prompts, max_new_tokens, search, condition)
         over = [False] * len(prompts)
         for i in range(number):
             if i:
@@ -167,10 +171,11 @@ class Generator:
     # ---------------------------------------------------------------- the two programs
 
     def _start(
-        self, prompts: Sequence[Sequence[int]], number: int, search: Search
+        self, prompts: Sequence[Sequence[int]], number: int, search: Search, condition: Any
     ) -> tuple[dict[str, Any], int]:
         """The state after the first token, and how many tokens there are to be."""
         self._check(prompts, number)
+        condition = self.cached.as_condition(condition, len(prompts))
         cached, longest = self.cached, max(map(len, prompts))
         length = -(-longest // MULTIPLE) * MULTIPLE
         texts = np.zeros((len(prompts), length), "int32")
@@ -182,6 +187,8 @@ class Generator:
         inputs = {"texts": texts, "valid": valid}
         new = -(-number // MULTIPLE) * MULTIPLE
         inputs["tokens"] = np.zeros((len(prompts), new), "int32")
+        if condition is not None:
+            inputs["condition"] = condition
         if search.samples:
             inputs["uniforms"] = keras.random.uniform(
                 inputs["tokens"].shape, seed=self.seed_generator
@@ -229,12 +236,12 @@ class Generator:
         cached, tokens = self.cached, inputs["tokens"]
         texts, valid = inputs["texts"], inputs["valid"]
         rows, new = tokens.shape
-        fixed = {"valid": ops.ones((rows, new), "bool")}
+        fixed = {name: inputs[name] for name in inputs if name == "condition"}
         if cached.has_memory:
-            fixed |= {"memories": cached.encode(texts), "memory_mask": valid}
+            fixed |= {"memories": cached.encode(texts, **fixed), "memory_mask": valid}
             texts = ops.full((rows, 1), self.start_token, "int32")
             valid = ops.ones((rows, 1), "bool")
-        fixed["valid"] = ops.concatenate([valid, fixed["valid"]], axis=1)
+        fixed["valid"] = ops.concatenate([valid, ops.ones((rows, new), "bool")], axis=1)
         states = cached.initial_states(rows, fixed["valid"].shape[1])
         logits, states = cached.step(texts, states=states, **fixed)
         moving = {

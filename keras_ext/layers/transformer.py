@@ -261,18 +261,20 @@ class TransformerBlock(keras.layers.Layer):
         state: Any,
         memory: Any = None,
         memory_mask: Any = None,
+        condition: Any = None,
         **pattern: Any,
     ) -> tuple[Any, Any]:
-        """Some tokens more after a causal attention; no dropout.
+        """The next tokens, of an attention that is a `DecodingAttention`; no dropout.
 
         Args:
             inputs: (batch, tokens, width).
             state: of `attention.initial_state`, or of the step before.
             memory: of `cross_attention.remember`, where the block has one.
             memory_mask: boolean (batch, sources), of the memory. Default: None.
+            condition: as in a call. Default: None.
             **pattern: passed to `attention.step`.
 
-        Returns: the output, like `inputs`, and the new state.
+        Returns: the outputs, like `inputs`, and the new state.
         """
         new = []
 
@@ -284,7 +286,7 @@ class TransformerBlock(keras.layers.Layer):
         def recall(cross_attention: keras.layers.Layer, x: Any) -> Any:
             return cross_attention.recall(x, memory, memory_mask)
 
-        return self._sublayers(inputs, attend, recall, None, training=False), new[0]
+        return self._sublayers(inputs, attend, recall, condition, training=False), new[0]
 
     def _sublayers(
         self, x: Any, attend: Any, cross_attend: Any, condition: Any, training: bool | None

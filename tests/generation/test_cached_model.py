@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 from compiled import compiled
 from families import SIZES, random_model
+from generation.mixtures import MIXTURES, RunningMean, conditional, linear, mixed, window
 from keras import ops
 
 from keras_ext.generation import CachedModel
 from keras_ext.layers import LinearAttention, MultiHeadAttention, RotaryPosition
 from keras_ext.models import replace_attention, select_blocks, select_tokens
+from keras_ext.models.rebuild import copy_layer, rebuild
 
 LONG = {**SIZES, "max_position_embeddings": 16}
 TEXT = np.array([[3, 1, 4, 1, 5, 9, 2, 6], [7, 7, 2, 4, 8, 1, 3, 5]], "int32")
@@ -99,6 +101,24 @@ def test_steps_equal_the_whole(family, kind):
     np.testing.assert_allclose(found, expected(model, TEXT, prefix=2), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", MIXTURES)
+def test_any_attention(name):
+    """Prompts of 5 and 2 tokens: longer and shorter than the window of 3."""
+    model = mixed(name)
+    found = stepwise(model, TEXT, prefix=2)
+    np.testing.assert_allclose(found, expected(model, TEXT, prefix=2), atol=1e-5)
+
+
+def test_the_size_of_the_states():
+    cached = CachedModel(mixed("linear, softmax, window"))
+    sizes = [
+        sum(np.prod(x.shape) for x in keras.tree.flatten(state))
+        for length in (8, 16)
+        for state in cached.initial_states(1, length)["blocks"]
+    ]
+    assert [*np.equal(sizes[:3], sizes[3:])] == [True, False, True]
+
+
 def test_blocks_that_surgery_made():
     bert = small("bert", "lm")
     assert CachedModel(bert).max_length == 16
@@ -133,7 +153,7 @@ def test_half_precision_gives_float32_logits():
         keras.config.set_dtype_policy(policy)
     cached = CachedModel(model)
     states = cached.initial_states(2, 8)
-    assert keras.backend.standardize_dtype(states[0]["key"].dtype) == "bfloat16"
+    assert keras.backend.standardize_dtype(states["blocks"][0]["key"].dtype) == "bfloat16"
     logits, _ = cached.step(TEXT, np.ones((2, 8), "bool"), states)
     assert keras.backend.standardize_dtype(logits.dtype) == "float32"
     exact = whole(small("gpt2", "lm"), TEXT, [8, 8])[:, -1]
@@ -147,15 +167,73 @@ def test_models_that_cannot_generate_are_refused():
         CachedModel(random_model("gpt2"))
     with pytest.raises(ValueError, match="must be of application 'seq2seq', got"):
         CachedModel(small("t5", "decoder"))
-    linear = replace_attention(
-        small("bert", "lm"), lambda old: LinearAttention(2, 4, causal=True)
-    )
-    with pytest.raises(ValueError, match="attention of encoder_0, a LinearAttention, keeps no"):
-        CachedModel(linear)
-    window = replace_attention(
-        small("bert", "lm"), lambda old: MultiHeadAttention(2, 4, causal=True, window=3)
-    )
-    with pytest.raises(
-        ValueError, match="a MultiHeadAttention, keeps no keys and values of all"
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Ahead(RunningMean):
+    causal = False
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Mean(keras.layers.Layer):
+    def call(self, x, memory):
+        return ops.cumsum(x, 1) / ops.cumsum(ops.ones_like(x), 1)
+
+
+def test_attentions_are_refused_for_what_they_lack():
+    gpt2, unilm, t5 = small("gpt2", "lm"), small("bert", "unilm"), small("t5", "seq2seq")
+    for kind, attention, message in (
+        (gpt2, Mean(), "of encoder_1, a Mean, has no `initial_state` and `step`"),
+        (gpt2, Ahead(), "must not see later tokens, but its encoder_1 does"),
+        (gpt2, LinearAttention(2, 4, feature_map="softmax"), "its encoder_1 does"),
+        (unilm, linear(), "a LinearAttention, takes no attention_mask .* application='lm'"),
+        (unilm, window(), "a MultiHeadAttention, takes no attention_mask in its steps"),
     ):
-        CachedModel(window)
+        with pytest.raises(ValueError, match=message):
+            CachedModel(replace_attention(kind, lambda old, new=attention: new, [1]))
+    bare = RunningMean(name="bare")
+    hidden, logits = gpt2.outputs
+    hidden = bare(hidden, hidden)
+    logits = gpt2.get_layer("token_embedding")(hidden, reverse=True)
+    with pytest.raises(ValueError, match="bare must be the attention of a TransformerBlock"):
+        CachedModel(keras.Model(gpt2.inputs, logits))
+    mean = keras.saving.serialize_keras_object(Mean())
+
+    def without_recall(layer, *args, **kwargs):
+        if layer.name == "decoder_1":
+            return copy_layer(layer, cross_attention=mean)(*args, **kwargs)
+        return None
+
+    with pytest.raises(ValueError, match="cross attention of decoder_1, a Mean, has no `rem"):
+        CachedModel(rebuild(t5, without_recall))
+
+
+# ------------------------------------------------------------------ inputs besides the tokens
+
+
+def test_a_condition_of_the_wrong_shape():
+    cached, plain = CachedModel(conditional("bert")), CachedModel(small("bert", "lm"))
+    valid = np.ones((2, 8), "bool")
+
+    def step(model, condition):
+        model.step(TEXT, valid, model.initial_states(2, 8), condition=condition)
+
+    for wrong in (None, np.zeros(3), np.zeros((2, 4)), np.zeros((1, 3))):
+        shape = "None" if wrong is None else str(wrong.shape)
+        message = f"condition must be an array (2, 3), a row for each text, .* got {shape}."
+        with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+            step(cached, wrong)
+    with pytest.raises(
+        ValueError, match="condition must be None, as bert has no input of that"
+    ):
+        step(plain, np.zeros((2, 3)))
+    seq2seq = CachedModel(conditional("t5"))
+    with pytest.raises(ValueError, match=r"condition must be an array \(2, 3\), .* got None"):
+        seq2seq.encode(SOURCE)
+
+
+def test_other_inputs_are_named():
+    gpt2, topic = small("gpt2", "lm"), keras.Input((4,), name="topic")
+    logits = gpt2.outputs[1] + keras.layers.Dense(11)(topic)[:, None]
+    with pytest.raises(ValueError, match="but token_ids, segment_ids and condition, got topic"):
+        CachedModel(keras.Model([*gpt2.inputs, topic], logits))

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from compiled import compiled
 from families import SIZES, random_model
+from generation.mixtures import conditional, mixed
 from keras import ops
 
-from keras_ext.generation import Generator
+from keras_ext.generation import Generator, sample_tokens
 
 LONG = {**SIZES, "max_position_embeddings": 24, "num_hidden_layers": 2}
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6]]
@@ -23,9 +24,10 @@ def small(family, seed=0):
 class Reference:
     """Log-probabilities of the next token, by the model on the whole text."""
 
-    def __init__(self, model):
-        self.model, self.known = model, {}
+    def __init__(self, model, condition=None):
+        self.model, self.known, self.condition = model, {}, condition
         self.names = [x.name for x in model.inputs]
+        self.has_prefix = int("prefix_mask" in [layer.name for layer in model.layers])
         self.run = compiled(lambda *inputs: model(list(inputs)))
 
     def __call__(self, prompt, tokens):
@@ -39,13 +41,15 @@ class Reference:
         given = [0, *tokens] if encodes else prompt + tokens
         known = {
             "token_ids": prompt if encodes else given,
-            "segment_ids": [0] * len(prompt) + [1] * len(tokens),
+            "segment_ids": [0] * len(prompt) + [self.has_prefix] * len(tokens),
             "decoder_token_ids": given,
         }
         # Padding behind changes nothing, and spares programs.
-        inputs = [np.zeros((1, 24), "int32") for _ in self.names]
-        for row, name in zip(inputs, self.names, strict=True):
+        inputs = [np.zeros((1, 24), "int32") for name in self.names if name != "condition"]
+        for row, name in zip(inputs, self.names, strict=False):
             row[0, : len(known[name])] = known[name]
+        if self.condition is not None:
+            inputs.append(self.condition[None])
         outputs = self.run(*inputs)
         logits = ops.convert_to_numpy(next(x for x in outputs if x.shape[-1] == 11))
         logits = logits[0, len(given) - 1].astype("float64")
@@ -107,6 +111,75 @@ def test_beams(family, width, alpha):
     generator = Generator(model, end_token=7)
     found = generator.generate(PROMPTS, 5, num_beams=width, length_penalty=alpha)
     assert found == [beams(reference, p, 5, 7, width, alpha) for p in PROMPTS]
+
+
+def drawn(reference, prompt, uniforms, options):
+    tokens = []
+    for uniform in uniforms:
+        logs = reference(prompt, tokens)[None].astype("float32")
+        tokens.append(int(sample_tokens(logs, np.array([uniform]), **options)[0]))
+    return tokens
+
+
+@pytest.mark.parametrize("name", ["linear, softmax, window", "own, own, softmax"])
+def test_any_attention(name):
+    """The window of 3 lies within the first prompt, and reaches before the others."""
+    model = mixed(name, seed=1)
+    reference = Reference(model)
+    generator = Generator(model, end_token=7, seed=5)
+    texts = generator.generate(PROMPTS, 6)
+    assert texts == [greedy(reference, p, 6, 7) for p in PROMPTS]
+    streamed = zip(*generator.stream(PROMPTS, 6), strict=True)
+    assert [[t for t in column if t is not None] for column in streamed] == texts
+    found = generator.generate(PROMPTS, 5, num_beams=3)
+    assert found == [beams(reference, p, 5, 7, 3, 1.0) for p in PROMPTS]
+    options = {"temperature": 2.0, "top_k": 9}
+    found = Generator(model, seed=5).generate(PROMPTS, 5, **options)
+    uniforms = keras.random.uniform((3, 32), seed=keras.random.SeedGenerator(5))
+    uniforms = ops.convert_to_numpy(uniforms)[:, :5]
+    rows = zip(PROMPTS, uniforms, strict=True)
+    assert found == [drawn(reference, prompt, row, options) for prompt, row in rows]
+
+
+@pytest.mark.parametrize(
+    ("family", "sides"), [("bert", ()), ("t5", ("encoder",)), ("t5", ("encoder", "decoder"))]
+)
+def test_conditions(family, sides):
+    model = conditional(family, sides=sides)
+    conditions = 3 * np.random.default_rng(5).normal(size=(3, 3))
+    references = [Reference(model, row.astype("float32")) for row in conditions]
+    generator, prompts = Generator(model, end_token=7), [PROMPTS[0]] * 3
+    found = generator.generate(prompts, 6, condition=conditions)
+    assert found == [greedy(r, PROMPTS[0], 6, 7) for r in references]
+    assert len({*map(tuple, found)}) == 3
+    streamed = zip(*generator.stream(prompts, 6, condition=conditions), strict=True)
+    assert [[t for t in column if t is not None] for column in streamed] == found
+    found = generator.generate(PROMPTS, 4, num_beams=3, condition=conditions)
+    pairs = zip(references, PROMPTS, strict=True)
+    assert found == [beams(r, prompt, 4, 7, 3, 1.0) for r, prompt in pairs]
+
+
+def test_conditions_that_do_not_fit():
+    generator = Generator(conditional("bert"))
+    with pytest.raises(ValueError, match=r"condition must be an array \(3, 3\), .* got None"):
+        generator.generate(PROMPTS, 4)
+    with pytest.raises(ValueError, match=r"a row for each text, as bert .* got \(1, 3\)"):
+        next(generator.stream(PROMPTS, 4, condition=np.zeros((1, 3))))
+    with pytest.raises(ValueError, match="condition must be None, as gpt2 has no input"):
+        Generator(small("gpt2")).generate(PROMPTS, 4, condition=np.zeros((3, 3)))
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="PyTorch compiles nothing")
+def test_other_values_need_no_other_program(monkeypatch):
+    generator, traced = Generator(conditional("gpt2")), []
+    step = generator.cached.step
+    monkeypatch.setattr(
+        generator.cached, "step", lambda *args, **kw: traced.append(0) or step(*args, **kw)
+    )
+    generator.generate(PROMPTS, 5, condition=np.zeros((3, 3)))
+    number = len(traced)
+    generator.generate([[2] * 9, [1], [4]], 7, condition=np.ones((3, 3), "float32"))
+    assert len(traced) == number
 
 
 def test_enough_beams_find_the_best_text():

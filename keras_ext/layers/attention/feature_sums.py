@@ -72,9 +72,7 @@ def linear_attention(
         raise ValueError("feature_means=True takes means over all tokens: set causal=False.")
     query, key, value = (_heads_first(ops.cast(x, wide)) for x in (query, key, value))
     if mask is not None:
-        mask = ops.cast(mask, "bool")[:, None, :, None]
-        key = ops.where(mask, key, ops.zeros_like(key))
-        value = ops.where(mask, value, ops.zeros_like(value))  # they may be anything there
+        key, value = _without_padding(key, value, mask)
     if causal:
         sums, totals = _causal_sums(query, key, value, chunk_size)
     else:
@@ -89,6 +87,13 @@ def linear_attention(
 def _heads_first(x: Any) -> Any:
     """(batch, length, heads, size) -> (batch, heads, length, size), and back."""
     return ops.transpose(x, (0, 2, 1, 3))
+
+
+def _without_padding(key: Any, value: Any, mask: Any) -> tuple[Any, Any]:
+    """Zeros where the mask (batch, length) is False; they may be anything there."""
+    mask = ops.cast(mask, "bool")[:, None, :, None]
+    key = ops.where(mask, key, ops.zeros_like(key))
+    return key, ops.where(mask, value, ops.zeros_like(value))
 
 
 def _quotient(sums: Any, totals: Any) -> Any:
@@ -168,13 +173,7 @@ class FeatureAttention(ProjectedAttention):
         positions: Any = None,
         return_scores: bool = False,
     ) -> Any:
-        for name, given in (("mask", attention_mask), ("bias", attention_bias)):
-            if given is not None:
-                raise ValueError(
-                    f"{type(self).__name__} has no scores that an attention_{name} of shape "
-                    f"{tuple(given.shape)} could act on: use value_mask for padding and "
-                    "causal=True for order, or MultiHeadAttention."
-                )
+        self._refuse_patterns(attention_mask, attention_bias)
         if return_scores:
             raise ValueError(
                 f"{type(self).__name__} has no scores that return_attention_scores=True could "
@@ -194,12 +193,21 @@ class FeatureAttention(ProjectedAttention):
             query, key, value, source_mask, causal, self.chunk_size, self.feature_means
         )
 
-    def initial_state(self, batch_size: int) -> dict[str, Any]:
+    def _refuse_patterns(self, attention_mask: Any, attention_bias: Any) -> None:
+        for name, given in (("mask", attention_mask), ("bias", attention_bias)):
+            if given is not None:
+                raise ValueError(
+                    f"{type(self).__name__} has no scores that an attention_{name} of shape "
+                    f"{tuple(given.shape)} could act on: use value_mask for padding and "
+                    "causal=True for order, or MultiHeadAttention."
+                )
+
+    def initial_state(self, batch_size: int, max_length: int | None = None) -> dict[str, Any]:
         """What `step` needs before the first token: sums of nothing.
 
         They are `sums` (batch, heads, features, value_dim) and `totals` (batch, heads,
-        features, 1), however long the text, and `scale`, the logarithm of the factor that was
-        taken out of them.
+        features, 1), however long the text, so that `max_length` does not matter, and `scale`,
+        the logarithm of the factor that was taken out of them.
         """
         wide = at_least_float32(self.compute_dtype)
         shape = (batch_size, self.num_heads, self.num_features)
@@ -210,22 +218,37 @@ class FeatureAttention(ProjectedAttention):
         }
 
     def attend_step(
-        self, query: Any, key: Any, value: Any, state: dict[str, Any]
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        state: dict[str, Any],
+        valid: Any,
+        attention_mask: Any,
+        attention_bias: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        wide = state["sums"].dtype
+        self._refuse_patterns(attention_mask, attention_bias)
+        wide, number = state["sums"].dtype, query.shape[1]
         query, key = (ops.cast(x, wide) for x in (query, self.for_all_heads(key)))
-        query, key, scale = self.features(query, key, None)
-        scale = ops.zeros_like(key[..., :1]) if scale is None else scale
-        scale = ops.transpose(scale, (0, 2, 1, 3))  # (batch, heads, 1, 1)
+        value = ops.cast(self.for_all_heads(value), wide)
+        query, key, scale = self.features(query, key, valid)
+        query, key, value = (_heads_first(x) for x in (query, key, value))
+        if valid is not None:
+            key, value = _without_padding(key, value, valid)
+        scale = ops.zeros_like(state["scale"]) if scale is None else _heads_first(scale)
+        # The sums so far and the next keys get the larger of their two factors.
         largest = ops.maximum(state["scale"], scale)
-        old, new = ops.exp(state["scale"] - largest), ops.exp(scale - largest)
-        query, key = _heads_first(query), ops.swapaxes(_heads_first(key), 2, 3) * new
-        value = _heads_first(ops.cast(self.for_all_heads(value), wide))
-        sums = state["sums"] * old + ops.matmul(key, value)
-        totals = state["totals"] * old + key
-        heads = _quotient(ops.matmul(query, sums), ops.matmul(query, totals))
-        heads = ops.cast(_heads_first(heads), self.compute_dtype)
-        return heads, {"sums": sums, "totals": totals, "scale": largest}
+        old, key = ops.exp(state["scale"] - largest), key * ops.exp(scale - largest)
+        sums, totals = state["sums"] * old, state["totals"] * old
+        chunk_size = min(self.chunk_size, number or self.chunk_size)
+        among, weights = _causal_sums(query, key, value, chunk_size)
+        heads = _quotient(ops.matmul(query, sums) + among, ops.matmul(query, totals) + weights)
+        state = {
+            "sums": sums + ops.matmul(ops.swapaxes(key, 2, 3), value),
+            "totals": totals + ops.sum(key, axis=2)[..., None],
+            "scale": largest,
+        }
+        return ops.cast(_heads_first(heads), self.compute_dtype), state
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "chunk_size": self.chunk_size}

@@ -18,6 +18,7 @@ from keras import ops
 
 from keras_ext import backend
 from keras_ext.layers.attention.cache import empty_cache, extend_cache, next_positions
+from keras_ext.layers.attention.decoding import check_order
 from keras_ext.layers.attention.dot_product import (
     dot_product_attention,
     join_masks,
@@ -163,6 +164,8 @@ class GatedAttentionUnit(keras.layers.Layer):
         key = position.encode(key * ops.cast(self.key_gamma, z.dtype), positions)
         return u, query, key, value
 
+    step_patterns = ("attention_mask",)  # see `DecodingAttention`
+
     def initial_state(self, batch_size: int, max_length: int) -> dict[str, Any]:
         """What `step` needs before the first token: empty caches for so many tokens."""
         return empty_cache(
@@ -170,22 +173,20 @@ class GatedAttentionUnit(keras.layers.Layer):
         )
 
     def step(
-        self, inputs: Any, state: dict[str, Any], attention_mask: Any = None
+        self,
+        inputs: Any,
+        state: dict[str, Any],
+        valid: Any = None,
+        attention_mask: Any = None,
     ) -> tuple[Any, dict[str, Any]]:
-        """Some tokens more, as in `MultiHeadAttention.attend_step`.
-
-        Args:
-            inputs: (batch, tokens, width).
-            state: of `initial_state`, or of the step before.
-            attention_mask: boolean (batch, tokens or 1, places of the cache). Default: None.
-
-        Returns: the output, like `inputs`, and the new state.
-        """
+        """The next tokens, as in `ProjectedAttention.step`."""
+        check_order(self.causal, attention_mask)
         position = self.position or Position()
         at = next_positions(state, ops.shape(inputs)[1])
         u, query, key, value = self._project(inputs, position, at)
-        state, key, value, of, seen = extend_cache(state, key, value, self.causal)
-        seen = join_masks(None, attention_mask, seen)
+        state, key, value, of, seen = extend_cache(
+            state, key, value, self.causal, valid, attention_mask
+        )
         attended = dot_product_attention(
             log_scaled(query, key, LOG_LENGTH, seen, least=LEAST),
             key,
@@ -286,7 +287,7 @@ class GatedAttentionBlock(keras.layers.Layer):
         return run(inputs)
 
     def step(self, inputs: Any, state: Any, **pattern: Any) -> tuple[Any, Any]:
-        """Some tokens more, without dropout; see `TransformerBlock.step`."""
+        """The next tokens, without dropout; see `TransformerBlock.step`."""
         attended, state = self.attention.step(inputs, state, **pattern)
         return self.attention_norm(inputs + attended), state
 

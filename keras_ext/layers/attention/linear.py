@@ -98,6 +98,7 @@ class LinearAttention(FeatureAttention):
             )
         self.feature_map = feature_map
         self.feature_means = feature_map == "softmax"
+        self._check_order(causal)
 
     @property
     def num_features(self) -> int:
@@ -105,12 +106,15 @@ class LinearAttention(FeatureAttention):
             return self.feature_map(ops.zeros((1, 1, 1, self.key_dim))).shape[-1]
         return self.key_dim + (self.feature_map == "taylor")
 
-    def attend(self, *args: Any, causal: bool, **kwargs: Any) -> Any:
+    def _check_order(self, causal: bool) -> None:
         if causal and self.feature_means:
             raise ValueError(
                 'feature_map "softmax" normalises keys over all tokens, later ones included: '
                 'use feature_map="exp" for causal attention.'
             )
+
+    def attend(self, *args: Any, causal: bool, **kwargs: Any) -> Any:
+        self._check_order(causal)
         return super().attend(*args, causal=causal, **kwargs)
 
     def features(self, query: Any, key: Any, mask: Any) -> tuple[Any, Any, Any]:

@@ -27,7 +27,12 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ext.layers.attention.cache import empty_cache, extend_cache, next_positions
+from keras_ext.layers.attention.cache import (
+    empty_cache,
+    extend_cache,
+    next_positions,
+    shift_cache,
+)
 from keras_ext.layers.attention.dot_product import (
     dot_product_attention,
     join_masks,
@@ -322,15 +327,19 @@ class MultiHeadAttention(ProjectedAttention):
             **kwargs,
         )
 
+    @property
+    def step_patterns(self) -> tuple[str, ...]:
+        return ("attention_mask", "attention_bias") if self.window is None else ()
+
     def initial_state(self, batch_size: int, max_length: int | None = None) -> dict[str, Any]:
         """What `step` needs before the first token: empty caches of keys and values.
 
         Args:
             batch_size: of the inputs.
             max_length: number of tokens that are kept: once more came, the oldest are
-                forgotten. With a window it is that of the window.
+                forgotten. With a window w it is w - 1, whatever this is.
         """
-        size = max_length if self.window is None else self.window
+        size = max_length if self.window is None else self.window - 1
         if size is None:
             raise ValueError("max_length must be given without a window, got None.")
         return empty_cache(
@@ -348,34 +357,57 @@ class MultiHeadAttention(ProjectedAttention):
         key: Any,
         value: Any,
         state: dict[str, Any],
-        attention_mask: Any = None,
-        attention_bias: Any = None,
+        valid: Any,
+        attention_mask: Any,
+        attention_bias: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """Heads of the next tokens, which are as many as the empty places of the cache at most.
-
-        Args:
-            attention_mask: boolean (batch, tokens or 1, places of the cache), joined with the
-                order of the tokens if `causal`, and telling it if not. Default: None.
-            attention_bias: of rank 4, for the places of the cache. Default: None.
-
-        The ring of a window takes one token at a time, and no mask or bias.
-        """
+        """Heads of the next tokens; without a window they have to fit into the empty places."""
         position = self.position or Position()
         query, key = self._normalise(query, key)
         at = next_positions(state, ops.shape(query)[1])
-        key = position.encode(key, at)
-        state, key, value, of, seen = extend_cache(state, key, value, self.causal)
+        query, key = position.encode(query, at), position.encode(key, at)
+        if self.window is not None:
+            if attention_mask is not None or attention_bias is not None:
+                raise ValueError("A window takes no attention_mask or attention_bias.")
+            return self._window_step(query, key, value, state, valid, at)
+        state, key, value, of, mask = extend_cache(
+            state, key, value, self.causal, valid, attention_mask
+        )
         heads = self._dot_product(
-            position.encode(query, at),
+            query,
             key,
             value,
-            mask=join_masks(None, attention_mask, seen),
+            mask,
             causal=False,
             bias=attention_bias,
             position=position,
             positions=(at, of),
         )
         return heads, state
+
+    def _window_step(
+        self, query: Any, key: Any, value: Any, state: dict[str, Any], valid: Any, at: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Heads of the next tokens, which see those kept and each other within the window."""
+        number, kept = ops.shape(query)[1], ops.shape(state["valid"])[1]
+        state, key, value, valid = shift_cache(state, key, value, valid)
+        options: dict[str, Any] = {"causal": False, "position": self.position or Position()}
+        if query.shape[1] == 1:  # it sees all of them
+            positions, mask = (at, at - ops.arange(kept, -1, -1)), valid[:, None, None]
+            heads = self._dot_product(query, key, value, mask, positions=positions, **options)
+            return heads, state
+        # As in `attend`; the queries that those kept would have are zeros, and not wanted.
+        blocks = WindowBlocks(kept + number, kept + 1, causal=True)
+        query = ops.pad(query, [(0, 0), (kept, 0), (0, 0), (0, 0)])
+        heads = self._dot_product(
+            blocks.of_queries(query),
+            blocks.of_keys(key),
+            blocks.of_keys(value),
+            blocks.mask(valid),
+            positions=(blocks.query_positions, blocks.key_positions),
+            **options,
+        )
+        return blocks.joined(heads)[:, kept:], state
 
     def get_config(self) -> dict[str, Any]:
         return {

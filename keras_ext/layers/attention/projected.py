@@ -17,17 +17,19 @@ import keras
 from keras import ops
 
 from keras_ext.arguments import integer
+from keras_ext.layers.attention.decoding import check_order
 from keras_ext.layers.rows import by_rows
 
 
 class ProjectedAttention(keras.layers.Layer):
     """Base class: an attention between learned projections.
 
-    A subclass defines `attend`, and for decoding `initial_state` and `attend_step(query, key,
-    value, state, **pattern)`, which gives heads and the new state. Queries are (batch, targets,
-    heads, key_dim), keys (batch, sources, num_kv_heads, key_dim), values (batch, sources,
-    num_kv_heads, value_dim), `source_mask` is boolean (batch, sources) or None; the result is
-    (batch, targets, heads, value_dim), and with `return_scores` the scores after it.
+    A subclass defines `attend`, and to be a `DecodingAttention` `initial_state` and
+    `attend_step(query, key, value, state, valid, attention_mask, attention_bias)`, which gives
+    heads and the new state. Queries are (batch, targets, heads, key_dim), keys (batch, sources,
+    num_kv_heads, key_dim), values (batch, sources, num_kv_heads, value_dim), `source_mask` is
+    boolean (batch, sources) or None; the result is (batch, targets, heads, value_dim), and with
+    `return_scores` the scores after it.
 
     Arguments that all attentions share, with the names and defaults of Keras:
         use_bias: of all projections. Default: True.
@@ -45,6 +47,11 @@ class ProjectedAttention(keras.layers.Layer):
         ValueError: a number is not positive, `num_kv_heads` does not divide `num_heads`,
             `output_shape` has several axes, or a bias that is not used has an option.
     """
+
+    @property
+    def step_patterns(self) -> tuple[str, ...]:
+        """See `DecodingAttention`."""
+        return ()
 
     def __init__(
         self,
@@ -164,22 +171,41 @@ class ProjectedAttention(keras.layers.Layer):
         heads, scores = attended
         return self._merge(heads), scores
 
-    def step(self, inputs: Any, state: Any, **pattern: Any) -> tuple[Any, Any]:
-        """One token more of causal self-attention, at a cost that `state` bounds.
+    def step(
+        self,
+        inputs: Any,
+        state: Any,
+        valid: Any = None,
+        attention_mask: Any = None,
+        attention_bias: Any = None,
+    ) -> tuple[Any, Any]:
+        """The next tokens of causal self-attention, at a cost that `state` bounds.
 
         Args:
-            inputs: (batch, 1, width); some layers take more tokens at a time.
+            inputs: (batch, tokens, width).
             state: of `initial_state`, or of the step before.
-            **pattern: of `attend_step`.
+            valid: boolean (batch, tokens), False at the padding before the texts. Default:
+                None, there is none.
+            attention_mask: boolean (batch, tokens, tokens), what the next tokens see of each
+                other; it tells their order if not `causal`. Default: None.
+            attention_bias: added to the scores, (batch, heads, tokens, max_length). Default:
+                None.
 
-        Returns: the output, like `inputs`, and the new state.
+        Returns: the outputs, like `inputs`, and the new state.
+
+        Raises:
+            ValueError: the layer is not causal, and there is no mask; or one or a bias is not
+                among its `step_patterns`.
         """
-        if not self.causal and not pattern:
-            raise ValueError("step needs causal=True: a later token would change the output.")
+        check_order(self.causal, attention_mask)
         if not self.built:
             self.build(inputs.shape, inputs.shape)
         heads, state = self.attend_step(
-            *self._project(inputs, inputs, inputs), state, **pattern
+            *self._project(inputs, inputs, inputs),
+            state,
+            valid=valid,
+            attention_mask=attention_mask,
+            attention_bias=attention_bias,
         )
         return self._merge(heads), state
 

@@ -1,4 +1,4 @@
-"""The blocks of a Transformer, and the layers below them, by the names that models give them."""
+"""The blocks of a Transformer, and the layers below them, by the names models give them."""
 
 import re
 from typing import Any, Literal

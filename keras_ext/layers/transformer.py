@@ -45,6 +45,7 @@ class FeedForward(keras.layers.Layer):
         units: width between the two layers.
         activation: of the first layer. Default: "gelu" (exact, by erf).
         kernel_initializer: of all layers. Default: "glorot_uniform".
+        output_initializer: of W₂ instead. Default: `kernel_initializer`.
         use_bias: of all layers. Default: True.
         gated: multiply by a second product of the input. Default: False.
         dropout: rate of dropout before W₂. Default: 0.
@@ -67,11 +68,13 @@ class FeedForward(keras.layers.Layer):
         use_bias: bool = True,
         gated: bool = False,
         dropout: float = 0.0,
+        output_initializer: Any = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.supports_masking = True
         self.units = units
+        self.output_initializer = keras.initializers.get(output_initializer)
         self.use_bias = use_bias
         self.gated = gated
         self.dropout = dropout
@@ -96,6 +99,8 @@ class FeedForward(keras.layers.Layer):
 
     def build(self, inputs_shape: tuple) -> None:
         self.output_dense = self._dense("output_dense", inputs_shape[-1])
+        if self.output_initializer is not None:
+            self.output_dense.kernel_initializer = self.output_initializer.clone()
         self.intermediate_dense.build(inputs_shape)
         if self.gated:
             self.linear_dense.build(inputs_shape)
@@ -119,6 +124,7 @@ class FeedForward(keras.layers.Layer):
             "use_bias": self.use_bias,
             "gated": self.gated,
             "dropout": self.dropout,
+            "output_initializer": keras.initializers.serialize(self.output_initializer),
         }
 
 

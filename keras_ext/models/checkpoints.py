@@ -301,13 +301,14 @@ def save_weights(model: keras.Model, directory: str | os.PathLike, table: NameTa
         axis = 0 if source.transposed else -1
         values = values.T if source.transposed else values
         if source.part is None:
-            # Contiguous, as safetensors writes the buffer of an array whatever its strides.
-            tensors[source.name] = np.ascontiguousarray(values)
+            tensors[source.name] = values
         else:
             parts.setdefault((source.name, axis), {})[source.part[0]] = values
     for (name, axis), found in parts.items():
         tensors[name] = np.concatenate([found[i] for i in sorted(found)], axis=axis)
-    write_huggingface_checkpoint(directory, tensors)
+    # safetensors writes the buffer of an array whatever its strides.
+    contiguous = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+    write_huggingface_checkpoint(directory, contiguous)
 
 
 def _replaced(name: str, replacements: Mapping[str, str]) -> str:

@@ -26,7 +26,7 @@ from keras_ext.layers.every import every_layer
 from keras_ext.models.checkpoints import NameTable
 from keras_ext.models.rebuild import copy_layer
 
-# What `model` may be -> the sizes of such a model, and how it is built. Subclasses add themselves.
+# What `model` may be -> the sizes of such a model, and how it is built.
 FAMILIES: dict[str, "type[Family]"] = {}
 
 OURS = "keras_ext_"  # before the `model_type` of what transformers would build as another model
@@ -130,9 +130,8 @@ class Family(abc.ABC):
     # Fields of configurations that it does not have, with the only values that fit it.
     implied: ClassVar[Mapping[str, Any]] = {}
     names: ClassVar[Mapping[str, NameTable]] = {}
-    heads: ClassVar[
-        Mapping[str, str]
-    ] = {}  # argument of `build` -> method, called with a `Trunk`
+    # Argument of `build` -> the method that makes an output of a `Trunk`.
+    heads: ClassVar[Mapping[str, str]] = {}
     applications: ClassVar[tuple[str, ...]] = ("encoder",)
     heads_divide_width: ClassVar[bool] = True
     use_bias: ClassVar[bool] = True  # in the blocks
@@ -567,8 +566,8 @@ def _carrier(model: keras.Model) -> layers.TokenEmbedding:
     carriers = _carriers(model)
     if not carriers:
         raise ValueError(
-            f"{model.name} must be built by build_transformer_model, or hold the layers of such "
-            "a model; it has no token embedding of one."
+            f"{model.name} must be built by build_transformer_model, or hold the layers of "
+            "such a model; it has no token embedding of one."
         )
     if len(carriers) > 1:
         raise ValueError(

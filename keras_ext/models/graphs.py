@@ -50,16 +50,18 @@ def check_graph(model: keras.Model, sizes: Family) -> None:
             difference = next(_differences(node, found[name], calls), "")
         if difference:
             raise ValueError(
-                f"{model.name} is not the {kind} of its sizes, so no configuration says what it "
-                f"is. {name}: {difference}. model.save(path) keeps any model."
+                f"{model.name} is not the {kind} of its sizes, so no configuration says what "
+                f"it is. {name}: {difference}. model.save(path) keeps any model."
             )
 
 
 def _nodes(inputs: list[Any], outputs: list[Any]) -> dict[str, Node]:
     """The graph by the names of its layers; operations, which have no names of their own, are
     known by their kind."""
-    layers = keras.Model(inputs, outputs).get_config()["layers"]
-    operations = {x["name"]: x["class_name"] for x in layers if "dtype" not in x["config"]}
+    graph = keras.Model(inputs, outputs)
+    layers = graph.get_config()["layers"]
+    named = {layer.name for layer in graph.layers}
+    operations = {x["name"]: x["class_name"] for x in layers if x["name"] not in named}
     return {
         layer["name"]: Node(
             layer["registered_name"] or layer["class_name"],

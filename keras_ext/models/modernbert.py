@@ -74,6 +74,10 @@ class ModernBERTBlock(layers.TransformerBlock):
 class _NoNorm(keras.layers.Layer):
     """In the place of a norm."""
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.supports_masking = True
+
     def build(self, inputs_shape: tuple, condition_shape: tuple | None = None) -> None:
         pass
 

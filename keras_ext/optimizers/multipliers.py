@@ -138,9 +138,9 @@ def layerwise_decay(model: keras.Model, decay: float) -> dict[str, float]:
                         embeddings, their norm, their projection, a `T5Bias`
 
     The blocks of a decoder, `decoder_i`, fall in the same way from its head; n is the greater
-    of both numbers for what is below them. That is the rule of BEiT and MAE. ELECTRA's code has one level more between head and top
-    block (n + 1 - i and n + 2); to have it, multiply the rate of the head by 1 / decay and the
-    learning rate by decay. ULMFiT divides by 2.6 a layer.
+    of both numbers for what is below them. That is the rule of BEiT and MAE. ELECTRA's code has
+    one level more between head and top block (n + 1 - i and n + 2); to have it, multiply the
+    rate of the head by 1 / decay and the learning rate by decay. ULMFiT divides by 2.6 a layer.
 
     Args:
         model: built by `keras_ext.models.build_transformer_model`, or a model around such a

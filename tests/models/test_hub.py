@@ -125,7 +125,7 @@ def test_what_cannot_be_fetched(server, monkeypatch):
     with pytest.raises(OSError, match="set HF_ENDPOINT to a mirror, or give a directory"):
         build_transformer_model("owner/model")
     with pytest.raises(
-        ValueError, match="repository must be an id such as 'hfl/rbt3', .*, got 'x'"
+        ValueError, match=r"repository must be an id such as 'hfl/rbt3', .*, got 'x'"
     ):
         download_model("x")
 

@@ -47,7 +47,7 @@ def test_equals_transformers(family, tmp_path):
         "tied to the token embedding",
         "tied to the token embedding and the MLM bias",
     }
-    segment_ids = golden["segment_ids"] if "segment_ids" in golden else None
+    segment_ids = golden.get("segment_ids")
     outputs = run(model, golden["token_ids"], segment_ids)
     for name, output in zip(("hidden", *heads), outputs, strict=True):
         np.testing.assert_allclose(output, golden[f"outputs/{name}"], atol=1e-5, err_msg=name)
@@ -299,7 +299,7 @@ def test_blocks_of_a_group_are_one():
     blocks = [layer.name for layer in model.layers if layer.name.startswith("encoder_")]
     assert blocks == ["encoder_0", "encoder_1"]
     config = {**SIZES, **OWN["albert"], "num_hidden_groups": 4}
-    with pytest.raises(ValueError, match="num_hidden_groups must be from 1 to 3, .*, got 4"):
+    with pytest.raises(ValueError, match=r"num_hidden_groups must be from 1 to 3, .*, got 4"):
         build_transformer_model(config, model="albert")
 
 

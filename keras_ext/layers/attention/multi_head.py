@@ -105,7 +105,8 @@ class MultiHeadAttention(ProjectedAttention):
         log_length: N of the log-n scaling, which multiplies λ by log_N(n). Default: None, off.
         flash_attention: as of `keras.ops.dot_product_attention`: True fails where it is
             impossible. Default: None, where possible.
-        query_initializer: of the queries' kernel. Default: `kernel_initializer`.
+        query_initializer, output_initializer: of the kernels of the queries and of the output.
+            Default: `kernel_initializer`.
         seed: of the dropout. Default: a random one.
         kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer,
             activity_regularizer, kernel_constraint, bias_constraint: of all projections, as
@@ -147,6 +148,7 @@ class MultiHeadAttention(ProjectedAttention):
         log_length: int | None = None,
         flash_attention: bool | None = None,
         query_initializer: Any = None,
+        output_initializer: Any = None,
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -172,6 +174,7 @@ class MultiHeadAttention(ProjectedAttention):
         self.query_initializer = keras.initializers.get(query_initializer)
         if self.query_initializer is not None:
             self.query_dense.kernel_initializer = self.query_initializer.clone()
+        self.output_initializer = keras.initializers.get(output_initializer)
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, got {window}.")
         if log_length is not None and log_length < 2:
@@ -421,6 +424,7 @@ class MultiHeadAttention(ProjectedAttention):
             "log_length": self.log_length,
             "flash_attention": self.flash_attention,
             "query_initializer": keras.initializers.serialize(self.query_initializer),
+            "output_initializer": keras.initializers.serialize(self.output_initializer),
             "seed": self.seed,
         }
 

@@ -48,6 +48,8 @@ class ProjectedAttention(keras.layers.Layer):
             `output_shape` has several axes, or a bias that is not used has an option.
     """
 
+    output_initializer: Any = None  # of the kernel of the output, where it has one of its own
+
     @property
     def step_patterns(self) -> tuple[str, ...]:
         """See `DecodingAttention`."""
@@ -134,6 +136,8 @@ class ProjectedAttention(keras.layers.Layer):
     ) -> None:
         width = self.output_width or query_shape[-1]
         self.output_dense = self._projection("output_dense", width)
+        if self.output_initializer is not None:
+            self.output_dense.kernel_initializer = self.output_initializer.clone()
         self.query_dense.build(query_shape)
         self.key_dense.build(key_shape or value_shape)
         self.value_dense.build(value_shape)

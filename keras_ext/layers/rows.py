@@ -11,8 +11,8 @@ def by_rows(layer: keras.layers.Layer, x: Any) -> Any:
 
     JAX makes the gradient of a kernel from a tensor of three axes with a transposition that
     takes as long as the product itself; from a matrix, without. TensorFlow multiplies matrices
-    in either case. An activity regulariser is a mean over the first axis, so a layer with one
-    gets the tensor as it is.
+    in either case. A layer with an activity regulariser, which Keras divides by the first
+    axis, gets the tensor as it is.
 
     Args:
         x: (..., width).

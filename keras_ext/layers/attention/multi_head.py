@@ -153,8 +153,8 @@ class MultiHeadAttention(ProjectedAttention):
         **kwargs: Any,
     ) -> None:
         for name, instead in ELSEWHERE.items():
-            if name in kwargs:
-                raise ValueError(f"{name}={kwargs[name]} is not taken here: {instead}.")
+            if given := kwargs.pop(name, None):
+                raise ValueError(f"{name}={given} is not taken here: {instead}.")
         super().__init__(
             num_heads,
             key_dim,

@@ -389,141 +389,6 @@ def test_the_buckets_of_t5():
     np.testing.assert_array_equal(t5_buckets(-later[1:]), expected[1:] - 16)
 
 
-# --- where each text stands ---
-
-POSITIONS = {
-    "rotary": lambda: {"position": RotaryPosition(interleaved=False)},
-    "rerope": lambda: {"position": ReRoPE(3, 2.0), "causal": True},
-    "shaw": lambda: {"position": RelativePosition(2)},
-    "nezha": lambda: {"position": RelativePosition(3, sinusoidal=True, on_values=False)},
-    "t5": lambda: {"position": T5Bias(HEADS, num_buckets=8, max_distance=12)},
-    "window": lambda: {"position": RotaryPosition(), "window": 3},
-    "window, t5": lambda: {"position": T5Bias(HEADS), "window": 3, "causal": True},
-    "window, shaw": lambda: {"position": RelativePosition(2), "window": 3},
-}
-of_positions = pytest.mark.parametrize("options", POSITIONS)
-ORDER = np.array([RNG.permutation(N) for _ in range(2)])
-GAPS = np.sort(RNG.integers(0, 4 * N, (2, N)))
-
-
-@of_positions
-def test_the_default_positions_count_the_tokens(options):
-    layer, heads = built(**POSITIONS[options]()), random_heads()
-    given = attend(layer, *heads, positions=np.tile(np.arange(N), (2, 1)))
-    # Windows count from the start of a block, and compilers round a table of each text anew.
-    exact = "window" not in options and keras.backend.backend() == "torch"
-    rounding = 0 if exact else 1e-6
-    np.testing.assert_allclose(given, attend(layer, *heads), rtol=0, atol=rounding)
-
-
-@of_positions
-def test_only_distances_count(options):
-    layer, heads = built(**POSITIONS[options]()), random_heads()
-    first, second = (attend(layer, *heads, positions=GAPS + s) for s in (0, [[9], [-40]]))
-    np.testing.assert_allclose(first, second, atol=1e-5)
-    assert np.abs(first - attend(layer, *heads)).max() > 1e-2
-
-
-@pytest.mark.parametrize("options", ["rotary", "shaw", "nezha", "t5"])
-def test_tokens_in_any_order_stand_where_they_are_said_to(options):
-    layer, heads = built(**POSITIONS[options]()), random_heads()
-    shuffled = [np.take_along_axis(x, ORDER[..., None, None], 1) for x in heads]
-    expected = np.take_along_axis(attend(layer, *heads), ORDER[..., None, None], 1)
-    outputs = attend(layer, *shuffled, positions=ORDER)
-    np.testing.assert_allclose(outputs, expected, atol=1e-5)
-
-
-@of_positions
-@pytest.mark.parametrize("at", [GAPS, ORDER], ids=["gaps", "order"])
-def test_given_positions_in_the_definition(options, at):
-    options = POSITIONS[options]()
-    layer, position = built(**options), options["position"]
-    query, key, value = random_heads()
-    product = products(query, key, SIZE**-0.5)
-    tables = [ops.convert_to_numpy(w) for w in getattr(position, "weights", ())]
-
-    def visible(b, i, j):
-        near = abs(i - j) < options.get("window", N)
-        return near and (j <= i or not layer.causal)
-
-    def row(b, i, j):
-        m = position.max_distance
-        return np.clip(at[b, j] - at[b, i], -m, m) + m
-
-    def score(b, h, i, j):
-        distance = at[b, i] - at[b, j]
-        if isinstance(position, T5Bias):
-            bucket = t5_buckets(-distance, position.num_buckets, position.max_distance)
-            return product(b, h, i, j) + tables[0][bucket, h]
-        if isinstance(position, RelativePosition):
-            vectors = position.key_table if position.sinusoidal else tables[0]
-            return query[b, i, h].astype("float64") @ (key[b, j, h] + vectors[row(b, i, j)]) / 2
-        if isinstance(position, ReRoPE) and distance >= position.window:
-            distance = position.window + (distance - position.window) / position.leak
-        turn = turned(query[b, i, h], distance, interleaved=position.interleaved)
-        return turn @ key[b, j, h] / 2
-
-    def value_at(b, i, j):
-        on_values = getattr(position, "on_values", False)
-        return tables[1][row(b, i, j)] if on_values else 0
-
-    expected = definition(query, key, value, score, visible, value_at)
-    outputs = attend(layer, query, key, value, positions=at)
-    np.testing.assert_allclose(outputs, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("options", ["rotary", "rerope", "shaw", "t5"])
-def test_padding_may_stand_anywhere(options):
-    """On the left or within a text: its tokens have what they have without."""
-    layer = built(**POSITIONS[options]())
-    x = RNG.normal(size=(2, N, 8)).astype("float32")
-    real = np.arange(N) < 6
-    expected = ops.convert_to_numpy(layer(x, x, value_mask=np.tile(real, (2, 1))))[:, :6]
-    places = np.array([[3, 4, 5, 6, 7, 8], [0, 2, 3, 5, 6, 8]])
-    padded, mask, positions = np.ones_like(x), np.zeros((2, N), bool), np.zeros((2, N), int)
-    for b, place in enumerate(places):
-        padded[b, place], mask[b, place], positions[b, place] = x[b, :6], True, np.arange(6)
-    outputs = layer(padded, padded, value_mask=mask, positions=positions)
-    outputs = np.take_along_axis(ops.convert_to_numpy(outputs), places[..., None], 1)
-    np.testing.assert_allclose(outputs, expected, atol=1e-5)
-
-
-def test_far_positions_in_half_precision():
-    layer = built(position=RotaryPosition(), dtype="mixed_bfloat16")
-    x = RNG.normal(size=(2, N, 8)).astype("float32")
-    near, far = (
-        ops.convert_to_numpy(ops.cast(layer(x, x, positions=ORDER + s), "float32"))
-        for s in (0, 4096)
-    )
-    assert np.abs(near - far).max() < 0.05 * np.abs(near).max()
-
-
-@pytest.mark.parametrize(
-    ("options", "call", "match"),
-    [
-        ({}, {}, "positions have no effect on an attention without a position"),
-        ({"window": 2}, {}, "no effect on an attention without a position"),
-        ({"position": RotaryPosition()}, {"positions": np.zeros((2, 5))}, "must be integers"),
-        (
-            {"position": RotaryPosition()},
-            {"positions": np.arange(5)},
-            r"\(batch, length\) = \(2, 5\), got \(5,\)",
-        ),
-        ({"position": RotaryPosition()}, {"positions": np.zeros((1, 5), int)}, r"got \(1, 5\)"),
-        (
-            {"position": RotaryPosition()},
-            {"value": np.ones((2, 4, 8), "float32")},
-            r"self-attention, .* \(2, 4\), got \(2, 5\)",
-        ),
-    ],
-)
-def test_bad_positions_of_texts(options, call, match):
-    x = np.ones((2, 5, 8), "float32")
-    arguments = {"value": x, "positions": np.zeros((2, 5), "int32"), **call}
-    with pytest.raises(ValueError, match=match):
-        MultiHeadAttention(HEADS, SIZE, **options)(x, **arguments)
-
-
 # --- decoding ---
 
 DECODERS = {
@@ -707,3 +572,139 @@ def test_a_position_with_weights_is_in_one_attention(make):
         ValueError, match=rf"another already\. Give each a {type(position).__name__}"
     ):
         second(x, x)
+
+
+# --- where each text stands ---
+
+POSITIONS = {
+    "rotary": lambda: {"position": RotaryPosition(interleaved=False)},
+    "rerope": lambda: {"position": ReRoPE(3, 2.0), "causal": True},
+    "shaw": lambda: {"position": RelativePosition(2)},
+    "nezha": lambda: {"position": RelativePosition(3, sinusoidal=True, on_values=False)},
+    "t5": lambda: {"position": T5Bias(HEADS, num_buckets=8, max_distance=12)},
+    "window": lambda: {"position": RotaryPosition(), "window": 3},
+    "window, t5": lambda: {"position": T5Bias(HEADS), "window": 3, "causal": True},
+    "window, shaw": lambda: {"position": RelativePosition(2), "window": 3},
+}
+of_positions = pytest.mark.parametrize("options", POSITIONS)
+PLACES = np.random.default_rng(6)
+ORDER = np.array([PLACES.permutation(N) for _ in range(2)])
+GAPS = np.sort(PLACES.integers(0, 4 * N, (2, N)))
+
+
+@of_positions
+def test_the_default_positions_count_the_tokens(options):
+    layer, heads = built(**POSITIONS[options]()), random_heads()
+    given = attend(layer, *heads, positions=np.tile(np.arange(N), (2, 1)))
+    # Windows count from the start of a block, and compilers round a table of each text anew.
+    exact = "window" not in options and keras.backend.backend() == "torch"
+    rounding = 0 if exact else 1e-6
+    np.testing.assert_allclose(given, attend(layer, *heads), rtol=0, atol=rounding)
+
+
+@of_positions
+def test_only_distances_count(options):
+    layer, heads = built(**POSITIONS[options]()), random_heads()
+    first, second = (attend(layer, *heads, positions=GAPS + s) for s in (0, [[9], [-40]]))
+    np.testing.assert_allclose(first, second, atol=1e-5)
+    assert np.abs(first - attend(layer, *heads)).max() > 1e-2
+
+
+@pytest.mark.parametrize("options", ["rotary", "shaw", "nezha", "t5"])
+def test_tokens_in_any_order_stand_where_they_are_said_to(options):
+    layer, heads = built(**POSITIONS[options]()), random_heads()
+    shuffled = [np.take_along_axis(x, ORDER[..., None, None], 1) for x in heads]
+    expected = np.take_along_axis(attend(layer, *heads), ORDER[..., None, None], 1)
+    outputs = attend(layer, *shuffled, positions=ORDER)
+    np.testing.assert_allclose(outputs, expected, atol=1e-5)
+
+
+@of_positions
+@pytest.mark.parametrize("at", [GAPS, ORDER], ids=["gaps", "order"])
+def test_given_positions_in_the_definition(options, at):
+    options = POSITIONS[options]()
+    layer, position = built(**options), options["position"]
+    query, key, value = random_heads()
+    product = products(query, key, SIZE**-0.5)
+    tables = [ops.convert_to_numpy(w) for w in getattr(position, "weights", ())]
+
+    def visible(b, i, j):
+        near = abs(i - j) < options.get("window", N)
+        return near and (j <= i or not layer.causal)
+
+    def row(b, i, j):
+        m = position.max_distance
+        return np.clip(at[b, j] - at[b, i], -m, m) + m
+
+    def score(b, h, i, j):
+        distance = at[b, i] - at[b, j]
+        if isinstance(position, T5Bias):
+            bucket = t5_buckets(-distance, position.num_buckets, position.max_distance)
+            return product(b, h, i, j) + tables[0][bucket, h]
+        if isinstance(position, RelativePosition):
+            vectors = position.key_table if position.sinusoidal else tables[0]
+            return query[b, i, h].astype("float64") @ (key[b, j, h] + vectors[row(b, i, j)]) / 2
+        if isinstance(position, ReRoPE) and distance >= position.window:
+            distance = position.window + (distance - position.window) / position.leak
+        turn = turned(query[b, i, h], distance, interleaved=position.interleaved)
+        return turn @ key[b, j, h] / 2
+
+    def value_at(b, i, j):
+        on_values = getattr(position, "on_values", False)
+        return tables[1][row(b, i, j)] if on_values else 0
+
+    expected = definition(query, key, value, score, visible, value_at)
+    outputs = attend(layer, query, key, value, positions=at)
+    np.testing.assert_allclose(outputs, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", ["rotary", "rerope", "shaw", "t5"])
+def test_padding_may_stand_anywhere(options):
+    """On the left or within a text: its tokens have what they have without."""
+    layer = built(**POSITIONS[options]())
+    x = RNG.normal(size=(2, N, 8)).astype("float32")
+    real = np.arange(N) < 6
+    expected = ops.convert_to_numpy(layer(x, x, value_mask=np.tile(real, (2, 1))))[:, :6]
+    places = np.array([[3, 4, 5, 6, 7, 8], [0, 2, 3, 5, 6, 8]])
+    padded, mask, positions = np.ones_like(x), np.zeros((2, N), bool), np.zeros((2, N), int)
+    for b, place in enumerate(places):
+        padded[b, place], mask[b, place], positions[b, place] = x[b, :6], True, np.arange(6)
+    outputs = layer(padded, padded, value_mask=mask, positions=positions)
+    outputs = np.take_along_axis(ops.convert_to_numpy(outputs), places[..., None], 1)
+    np.testing.assert_allclose(outputs, expected, atol=1e-5)
+
+
+def test_far_positions_in_half_precision():
+    layer = built(position=RotaryPosition(), dtype="mixed_bfloat16")
+    x = RNG.normal(size=(2, N, 8)).astype("float32")
+    near, far = (
+        ops.convert_to_numpy(ops.cast(layer(x, x, positions=ORDER + s), "float32"))
+        for s in (0, 4096)
+    )
+    assert np.abs(near - far).max() < 0.05 * np.abs(near).max()
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "match"),
+    [
+        ({}, {}, "positions have no effect on an attention without a position"),
+        ({"window": 2}, {}, "no effect on an attention without a position"),
+        ({"position": RotaryPosition()}, {"positions": np.zeros((2, 5))}, "must be integers"),
+        (
+            {"position": RotaryPosition()},
+            {"positions": np.arange(5)},
+            r"\(batch, length\) = \(2, 5\), got \(5,\)",
+        ),
+        ({"position": RotaryPosition()}, {"positions": np.zeros((1, 5), int)}, r"got \(1, 5\)"),
+        (
+            {"position": RotaryPosition()},
+            {"value": np.ones((2, 4, 8), "float32")},
+            r"self-attention, .* \(2, 4\), got \(2, 5\)",
+        ),
+    ],
+)
+def test_bad_positions_of_texts(options, call, match):
+    x = np.ones((2, 5, 8), "float32")
+    arguments = {"value": x, "positions": np.zeros((2, 5), "int32"), **call}
+    with pytest.raises(ValueError, match=match):
+        MultiHeadAttention(HEADS, SIZE, **options)(x, **arguments)

@@ -114,13 +114,13 @@ def test_what_the_next_tokens_see_of_each_other():
             mask = np.logical_and(
                 pattern, valid[:, None] if rank == 3 else valid[:, None, None]
             )
-            expected = ops.convert_to_numpy(layer(*inputs, attention_mask=mask))
+            layer.build(*[x.shape] * len(inputs))
+            run = compiled(lambda *x, layer=layer, mask=mask: layer(*x, attention_mask=mask))
+            expected, step = ops.convert_to_numpy(run(*inputs)), compiled(layer.step)
             state = layer.initial_state(2, 9)
             for start, end in ((0, 4), (4, 5), (5, 6)):
                 among = pattern[..., start:end, start:end]
-                output, state = layer.step(
-                    x[:, start:end], state, valid[:, start:end], attention_mask=among
-                )
+                output, state = step(x[:, start:end], state, valid[:, start:end], among)
                 rows = valid[:, start:end]
                 np.testing.assert_allclose(
                     ops.convert_to_numpy(output)[rows], expected[:, start:end][rows], atol=1e-5

@@ -94,13 +94,15 @@ def build_transformer_model(
         >>> bert = build_transformer_model("chinese_L-12_H-768_A-12", with_pool=True)
         >>> hidden, pooled = bert([token_ids, segment_ids])
     """
-    place = config if isinstance(config, Mapping) else _local(config)
-    config = _read_config(place)
+    if not isinstance(config, Mapping):
+        config = _local(config)
     if checkpoint == "auto":
-        alone = isinstance(place, Mapping) or not Path(place).is_dir()
-        checkpoint = None if alone else place
+        checkpoint = None
+        if not isinstance(config, Mapping) and Path(config).is_dir():
+            checkpoint = config
+    config = _read_config(config)
     family = _family(model, config).from_config(config)
-    options = {
+    options: dict[str, Any] = {
         "application": application,
         "hidden_dropout_prob": dropout,
         "attention_probs_dropout_prob": attention_dropout,

@@ -260,11 +260,10 @@ class Family(abc.ABC):
 
     # ------------------------------------------------------------------ the model
 
-    def build(self, *, name: str | None = None, **heads: bool) -> keras.Model:
+    def build(self, **heads: bool) -> keras.Model:
         """The functional model with fresh weights; see `build_transformer_model`.
 
         Args:
-            name: of the model. Default: that of the family.
             **heads: which of `self.heads` it has. Default: none.
 
         Raises:
@@ -278,7 +277,7 @@ class Family(abc.ABC):
             if heads.get(head):
                 outputs.append(getattr(self, method)(trunk))
         inputs, outputs = (x if len(x) > 1 else x[0] for x in (trunk.inputs, outputs))
-        return keras.Model(inputs, outputs, name=name or self.family)
+        return keras.Model(inputs, outputs, name=self.family)
 
     def _check_heads(self, heads: Mapping[str, bool]) -> None:
         kind = type(self).__name__
@@ -453,14 +452,11 @@ class Family(abc.ABC):
         groups: int | None = len(set(group_of))
         if getattr(self, field) is None and groups == len(group_of):
             groups = None
-        attention = {
-            name: value
-            for name, value in (self.attention or {}).items()
-            if not name.startswith(f"{side}_")
-        } | {
-            f"{side}_{number}": self.attention[f"{side}_{old}"]
+        others = self.attention or {}
+        attention = {k: v for k, v in others.items() if not k.startswith(f"{side}_")} | {
+            f"{side}_{number}": others[f"{side}_{old}"]
             for old, number in new.items()
-            if f"{side}_{old}" in (self.attention or {})
+            if f"{side}_{old}" in others
         }
         changes = {length: len(group_of), field: groups, **self.of_blocks(side, new)}
         sizes = dataclasses.replace(self, attention=attention or None, **changes)

@@ -123,7 +123,7 @@ class GPT(Family, family="openai-gpt"):
     def from_config(cls: type[Sizes], config: Mapping[str, Any]) -> Sizes:
         """Read the fields of Hugging Face or of BERT; see `Family.from_config`."""
         width = config.get("hidden_size", config.get(cls.fields["hidden_size"]))
-        inner = [cls.fields.get("intermediate_size"), "intermediate_size"]
+        inner = {cls.fields.get("intermediate_size", "intermediate_size"), "intermediate_size"}
         if width is not None and all(config.get(name) is None for name in inner):
             config = {**config, "intermediate_size": 4 * width}
         return super().from_config(config)

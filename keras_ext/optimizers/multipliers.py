@@ -35,7 +35,7 @@ from typing import Any
 import keras
 
 from keras_ext import arguments
-from keras_ext.layers.blocks import BELOW, BLOCK, blocks
+from keras_ext.layers.blocks import BELOW, blocks
 from keras_ext.optimizers.selection import Selectable, Selection, shown
 from keras_ext.optimizers.update_wrapper import UpdateWrapper
 
@@ -164,9 +164,9 @@ def layerwise_decay(model: keras.Model, decay: float) -> dict[str, float]:
     decay = arguments.number("decay", decay, "(0, 1]")
     sides = Counter(block.name.partition("_")[0] for block in blocks(model))
     multipliers = {}
-    for name in (block.name for block in blocks(model)):
-        side, number = BLOCK.fullmatch(name).groups()
-        multipliers[rf"(^|/){name}/"] = decay ** (sides[side] - int(number))
+    for block in blocks(model):
+        side, _, number = block.name.partition("_")
+        multipliers[rf"(^|/){block.name}/"] = decay ** (sides[side] - int(number))
     multipliers[rf"(^|/)({'|'.join(BELOW)})/"] = decay ** (max(sides.values()) + 1)
     trainable = [w.path for w in model.trainable_weights]
     return {

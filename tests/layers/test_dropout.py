@@ -33,7 +33,7 @@ from keras_ext.layers import (
     RMSNorm,
     TransformerBlock,
 )
-from keras_ext.models import FAMILIES, TTA
+from keras_ext.models import FAMILIES, build_transformer_model
 from keras_ext.models.gpt2_ml import GroverBlock
 
 X = np.random.default_rng(0).normal(size=(2, 5, 8)).astype("float32")
@@ -404,8 +404,9 @@ def t5_sides(hidden, weights):
 
 def modern_encoder(hidden, weights):
     """The attention's output at the rate of its weights; `mlp_dropout` is another rate."""
-    block = [(weights, scores()), (weights, HIDDEN), (0.0, (*HIDDEN[:2], INNER))]
-    return [(hidden, HIDDEN), *block * BLOCKS]
+    window = (TEXTS, HEADS_OF_BLOCK, 32, 34)  # of one block of places
+    full, local = ([(weights, shape), (weights, HIDDEN)] for shape in (scores(), window))
+    return [(hidden, HIDDEN), *full, *local * (BLOCKS - 1)]
 
 
 def two_streams(hidden, weights):
@@ -456,6 +457,8 @@ def test_every_family_is_here():
     ids=["default", "config", "arguments"],
 )
 def test_a_family_drops_what_it_is_said_to(drops, family, config, options, rates):
+    if family == "modernbert" and not (config or options):
+        rates = (0.0, 0.0)
     model = random_model(family, sizes={**SIZES, **config}, **options, **ALL_HEADS[family])
     run(model)
     assert not drops.drawn
@@ -549,7 +552,10 @@ def test_a_side_of_t5_drops_after_its_norm(drops, side):
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_a_tta_drops_tokens_positions_and_what_sublayers_give(drops, rate):
-    tta = TTA(11, num_layers=1, hidden_size=8, num_heads=2, intermediate_size=12, dropout=rate)
+    sizes = {**SIZES, "num_hidden_layers": 1}
+    rates = {"dropout": rate, "attention_dropout": 0.0}
+    whole = build_transformer_model(sizes, model="tta", with_mlm=True, **rates)
+    tta = keras.Model(whole.inputs, whole.outputs[1])
     logits = called(tta, TOKENS[:1], training=True)
     table, place = (
         array(tta.get_layer(f"{name}_embedding").embeddings) for name in ("token", "position")
@@ -562,5 +568,5 @@ def test_a_tta_drops_tokens_positions_and_what_sublayers_give(drops, rate):
     h = norm(hidden + drops(attended, rate), block.attention_norm)
     fed = feed_forward(block.feed_forward, h, lambda inner: inner)
     h = norm(h + drops(fed, rate), block.feed_forward_norm)
-    close(logits, h @ table.T + array(tta.get_layer("bias").bias))
+    close(logits, h @ table.T + array(tta.get_layer("mlm_bias").bias))
     drops.check()

@@ -187,7 +187,7 @@ AROUND = {
     "head": lambda m, _: keras.Model(m.inputs, keras.layers.Dense(2)(m.output[:, 0])),
     "clone": lambda m, _: keras.models.clone_model(m),
     "file": through_file,
-    "objective": lambda m, _: with_objective(m, FGM()),
+    "objective": lambda m, _: with_objective(m, FGM("token_embedding")),
     "nested": lambda m, _: keras.Model(m.inputs, m(m.inputs)),
 }
 
@@ -316,24 +316,29 @@ def test_weights_beside_the_configuration_are_loaded(tmp_path):
 # ------------------------------------------------------------------ families of users
 
 
-class Tagger(BERT):
+@pytest.fixture
+def tagger():
     """A head of its own, and other blocks."""
 
-    heads: ClassVar = {**BERT.heads, "with_tags": "tags"}
+    class Tagger(BERT):
+        heads: ClassVar = {**BERT.heads, "with_tags": "tags"}
 
-    def tags(self, trunk):
-        return self.dense(5, "tagger")(trunk.hidden)
+        def tags(self, trunk):
+            return self.dense(5, "tagger")(trunk.hidden)
 
-    def block(self, side, number):
-        block = super().block(side, number)
-        block.pre_norm = True
-        return block
+        def block(self, side, number):
+            block = super().block(side, number)
+            block.pre_norm = True
+            return block
+
+    yield Tagger
+    del FAMILIES["Tagger"]
 
 
-def test_a_family_of_the_users_own(tmp_path):
-    model = build_transformer_model(SIZES, model=Tagger, with_tags=True, with_pool=True)
+def test_a_family_of_the_users_own(tagger, tmp_path):
+    model = build_transformer_model(SIZES, model=tagger, with_tags=True, with_pool=True)
     assert [x.shape[1:] for x in model.outputs] == [(None, 8), (8,), (None, 5)]
-    assert type(family_of(model)) is Tagger is FAMILIES["Tagger"]
+    assert type(family_of(model)) is tagger is FAMILIES["Tagger"]
     with pytest.raises(ValueError, match="no name for: tagger/kernel"):
         save_transformer_model(model, tmp_path)
     trunk = keras.Model(model.inputs, model.outputs[0])

@@ -15,7 +15,7 @@ from families import HEADS, TOKENS, flags, values_of
 from keras import ops
 
 from keras_ext import layers
-from keras_ext.models import TTA, build_transformer_model
+from keras_ext.models import build_transformer_model
 
 
 class Draw(NamedTuple):
@@ -182,7 +182,7 @@ FAMILIES = {
     "albert": {**TRUNK, **POSITIONS, **PROJECTION, **MLM, **POOLED},
     "electra": {**TRUNK, **POSITIONS, **PROJECTION, **DISCRIMINATOR},
     "electra_generator": {**TRUNK, **POSITIONS, **PROJECTION, **MLM},
-    "roformer": {**TRUNK, **PROJECTION, **MLM},
+    "roformer": {**TRUNK, **PROJECTION, **MLM, **POOLED},
     "nezha": {**TRUNK, **MLM, **POOLED},
     "roformer_v2": V2_KERNELS,
     "gau_alpha": GAU_WEIGHTS,
@@ -278,26 +278,6 @@ def test_a_tied_head_is_the_token_table(family):
     inputs = [TOKENS] * len(model.inputs)
     logits = model(inputs if len(inputs) > 1 else inputs[0])[1]
     assert not ops.convert_to_numpy(logits).any()
-
-
-def test_fresh_weights_of_a_tta():
-    keras.utils.set_random_seed(0)
-    tta = TTA(
-        200,
-        num_layers=2,
-        hidden_size=WIDTH,
-        num_heads=4,
-        intermediate_size=INNER,
-        max_length=40,
-    )
-    table = {
-        "(token|position)_embedding/embeddings": uniform(0.05),
-        **norm("(token|position)_norm"),
-        **{rf"encoder_\d/{row}": v for row, v in ATTENTION_AND_FEED_FORWARD.items()},
-        **norm(r"encoder_\d/(attention|feed_forward)_norm"),
-        "bias/bias": ZEROS,
-    }
-    check(values_of(tta), table)
 
 
 # ------------------------------------------------------------------ layers

@@ -44,7 +44,7 @@ from keras_ext.layers import (
     TokenEmbedding,
     TransformerBlock,
 )
-from keras_ext.models import hwfa_layers, replace_attention
+from keras_ext.layers import hwfa_layers, replace_attention
 from keras_ext.optimizers.schedules import PiecewiseLinear
 
 TRAINED, LENGTHS = 128, (128, 256, 512, 1024)

@@ -12,7 +12,7 @@ from keras_ext.layers import (
     PolynomialAttention,
     RotaryPosition,
 )
-from keras_ext.models import condition_norms, hwfa_layers, replace_attention
+from keras_ext.models import condition_norms, replace_attention
 from keras_ext.models.rebuild import copy_layer, rebuild
 
 

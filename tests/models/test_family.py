@@ -187,7 +187,7 @@ AROUND = {
     "head": lambda m, _: keras.Model(m.inputs, keras.layers.Dense(2)(m.output[:, 0])),
     "clone": lambda m, _: keras.models.clone_model(m),
     "file": through_file,
-    "objective": lambda m, _: with_objective(m, FGM("token_embedding")),
+    "objective": lambda m, _: with_objective(m, [FGM("token_embedding")]),
     "nested": lambda m, _: keras.Model(m.inputs, m(m.inputs)),
 }
 

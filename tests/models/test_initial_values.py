@@ -401,7 +401,7 @@ LAYERS = {
 }
 WITHOUT_WEIGHTS = {
     "GradientNormalized",  # those of the model around which it is
-    "GradientReversal",
+    "GradientReversal", "OtherTokens", "PrefixMask",
     "ReRoPE",
     "RotaryPosition",
     "WithMask",

@@ -138,7 +138,7 @@ class CachedModel:
                 raise ValueError(
                     f"{the_attention} takes no {name} in its steps, with which the block is "
                     "called. Build the model without (a UniLM with application='lm'), or give "
-                    "it an attention that takes one, such as MultiHeadAttention."
+                    "it an attention that takes one: MultiHeadAttention without a window."
                 )
         if not getattr(attention, "causal", True) and kwargs.get("attention_mask") is None:
             raise ValueError(

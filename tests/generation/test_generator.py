@@ -11,6 +11,7 @@ from generation.mixtures import conditional, mixed
 from keras import ops
 
 from keras_ext.generation import Generator, sample_tokens
+from keras_ext.generation.generator import Search
 
 LONG = {**SIZES, "max_position_embeddings": 24, "num_hidden_layers": 2}
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6]]
@@ -139,6 +140,25 @@ def test_any_attention(name):
     uniforms = ops.convert_to_numpy(uniforms)[:, :5]
     rows = zip(PROMPTS, uniforms, strict=True)
     assert found == [drawn(reference, prompt, row, options) for prompt, row in rows]
+
+
+@pytest.mark.parametrize("name", ["linear, softmax, window", "own, own, softmax"])
+def test_states_follow_their_beams(name):
+    """They are those of a cached model that reads prompts and found texts at once."""
+    generator = Generator(mixed(name, seed=1))
+    cached, search = generator.cached, Search(num_beams=4)
+    state, _ = generator._start(PROMPTS, 6, search, None)
+    state = generator._compiled(search)[1](state, ops.convert_to_tensor(6, "int32"))
+    tokens, valid = state["moving"]["tokens"], state["fixed"]["valid"]
+    prompts = np.zeros((3, 32), "int32")
+    for row, prompt in zip(prompts, PROMPTS, strict=True):
+        row[-len(prompt) :] = prompt
+    texts = np.concatenate([np.repeat(prompts, 4, 0), ops.convert_to_numpy(tokens)[:, :5]], 1)
+    step = compiled(lambda texts: cached.step(texts, valid, cached.initial_states(12, 64))[1])
+    for found, made in zip(
+        *map(keras.tree.flatten, (state["moving"]["states"], step(texts))), strict=True
+    ):
+        np.testing.assert_allclose(*map(ops.convert_to_numpy, (found, made)), atol=1e-5)
 
 
 @pytest.mark.parametrize(

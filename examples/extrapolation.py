@@ -43,8 +43,9 @@ from keras_ext.layers import (
     RotaryPosition,
     TokenEmbedding,
     TransformerBlock,
+    hwfa_layers,
+    replace_attention,
 )
-from keras_ext.layers import hwfa_layers, replace_attention
 from keras_ext.optimizers.schedules import PiecewiseLinear
 
 TRAINED, LENGTHS = 128, (128, 256, 512, 1024)

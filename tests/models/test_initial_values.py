@@ -401,7 +401,9 @@ LAYERS = {
 }
 WITHOUT_WEIGHTS = {
     "GradientNormalized",  # those of the model around which it is
-    "GradientReversal", "OtherTokens", "PrefixMask",
+    "GradientReversal",
+    "OtherTokens",
+    "PrefixMask",
     "ReRoPE",
     "RotaryPosition",
     "WithMask",

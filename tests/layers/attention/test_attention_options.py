@@ -18,9 +18,9 @@ from keras_ext.layers import (
     RotaryPosition,
     T5Bias,
     TransformerBlock,
+    hwfa_layers,
 )
 from keras_ext.layers.attention.relative import sinusoids, t5_buckets
-from keras_ext.layers import hwfa_layers
 
 RNG = np.random.default_rng(0)
 HEADS, SIZE, N = 2, 4, 9

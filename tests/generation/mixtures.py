@@ -11,6 +11,7 @@ from keras_ext.layers import (
     MultiHeadAttention,
     PolynomialAttention,
     RotaryPosition,
+    hwfa_layers,
 )
 from keras_ext.models import condition_norms, replace_attention
 from keras_ext.models.rebuild import copy_layer, rebuild

@@ -29,6 +29,9 @@ def squared(x):
     return ops.square(x)
 
 
+FEATURE_MAPS = {name: name for name in ("elu", "exp", "taylor")} | {"squared": squared}
+
+
 def heads(**options):
     return MultiHeadAttention(2, 4, causal=True, **options)
 
@@ -42,10 +45,10 @@ ATTENTIONS = {
     "window 40": lambda: heads(window=40, position=RelativePosition(2), value_dim=3),
     "gated": lambda: GatedAttentionUnit(6, 4, position=RotaryPosition(), causal=True),
     **{
-        f"linear {feature_map}": lambda feature_map=feature_map: LinearAttention(
+        f"linear {name}": lambda feature_map=feature_map: LinearAttention(
             2, 4, 3, num_kv_heads=1, feature_map=feature_map, causal=True, chunk_size=4
         )
-        for feature_map in ("elu", "exp", "taylor", squared)
+        for name, feature_map in FEATURE_MAPS.items()
     },
     "polynomial": lambda: PolynomialAttention(2, 4, 3, causal=True, chunk_size=4),
     "favor": lambda: FavorAttention(2, 4, num_features=16, causal=True, seed=0),

@@ -115,7 +115,7 @@ def compare(family: str) -> None:
             k.removeprefix("weights/"): golden[k] for k in golden if k.startswith("weights/")
         }
         save_file(weights, Path(first, "model.safetensors"))
-        ours = build_transformer_model(first, first, with_mlm=True)
+        ours = build_transformer_model(first, with_mlm=True)
         save_transformer_model(ours, second)
         kind = FAMILIES[family][1]
         found = outputs(second, kind, golden["token_ids"], golden["decoder_token_ids"])

@@ -92,8 +92,8 @@ def compare() -> None:
             k.removeprefix("weights/"): golden[k] for k in golden if k.startswith("weights/")
         }
         save_file(weights, Path(first, "model.safetensors"))
-        ours = build_transformer_model(first, first, with_mlm=True)
-        save_transformer_model(ours, second, first, "modernbert")
+        ours = build_transformer_model(first, with_mlm=True)
+        save_transformer_model(ours, second)
         found = outputs(second, golden["token_ids"])
     for name, value in found.items():
         difference = np.abs(value - golden[f"outputs/{name}"])[real].max()

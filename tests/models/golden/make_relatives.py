@@ -115,7 +115,7 @@ def compare(family: str) -> None:
         }
         save_file(weights, Path(first, "model.safetensors"))
         flags = {f"with_{head}": True for head in heads}
-        ours = build_transformer_model(first, first, family, **flags)
+        ours = build_transformer_model(first, model=family, **flags)
         save_transformer_model(ours, second)
         found = outputs(second, heads, golden["token_ids"], golden["segment_ids"])
     for name, value in found.items():

@@ -376,11 +376,11 @@ def uninitialized() -> Iterator[None]:
 
 
 def skeleton(build: Callable[[], keras.Model]) -> keras.Model:
-    """The model that this builds, for its layers: its weights are zeros, which cost nothing."""
+    """The model that this builds, for its layers: its weights are anything, and cost little."""
     with uninitialized():
         model = build()
         for variable in model.variables:
-            _assign(variable, np.zeros)
+            _assign(variable, functools.partial(_aligned, dtype=np.dtype("float32")))
     return model
 
 

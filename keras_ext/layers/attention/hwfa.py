@@ -9,9 +9,9 @@ receptive field before the last layer of
 
 so that all that the windows can do together happens within the training length.
 
-Costs n w instead of n²/2 scores in all layers but one, and caches of w tokens in decoding. The
-price is a little accuracy within the training length (48.7 instead of 49.4 % of tokens in the
-article's experiment; 48.2 instead of 23.2 % at 8 times the length).
+Costs n w instead of n²/2 scores in all layers but one, and caches of w - 1 tokens in decoding.
+The price is a little accuracy within the training length (48.7 instead of 49.4 % of tokens in
+the article's experiment; 48.2 instead of 23.2 % at 8 times the length).
 
 Source: kexue.fm/archives/9603.
 """

@@ -17,9 +17,13 @@ LONG = {**SIZES, "max_position_embeddings": 16}
 TEXT = np.array([[3, 1, 4, 1, 5, 9, 2, 6], [7, 7, 2, 4, 8, 1, 3, 5]], "int32")
 SOURCE = np.array([[2, 9, 4, 0, 0], [5, 3, 8, 1, 6]], "int32")
 PADDING = (0, 3)  # before the text, in the cache
-# Between them all parts of the families that matter here.
+# All families with a head that predicts tokens, some in both directions of their use.
 CASES = [
     ("albert", "lm"),
+    ("electra_generator", "lm"),
+    ("roformer", "lm"),
+    ("roformer_v2", "lm"),
+    ("openai-gpt", "lm"),
     ("nezha", "lm"),
     ("gau_alpha", "lm"),
     ("gpt2", "lm"),

@@ -17,7 +17,7 @@ from keras_ext.models import (
     load_checkpoint,
     save_transformer_model,
 )
-from keras_ext.models.hub import FILES, is_repository
+from keras_ext.models.hub import FILES, NAMES, is_repository
 
 constants = pytest.importorskip("huggingface_hub.constants")
 pytest.importorskip("safetensors")
@@ -102,6 +102,13 @@ def test_a_repository_is_a_model(server):
     for one, two in zip(model.weights, other.weights, strict=True):
         np.testing.assert_array_equal(*map(ops.convert_to_numpy, (one, two)))
     assert not any(path.endswith((".bin", ".py")) for path in server.seen)
+
+
+def test_a_known_name_is_a_repository(server, monkeypatch):
+    assert NAMES["bert-base-chinese"] == "google-bert/bert-base-chinese"
+    assert is_repository("bert-base-chinese")
+    monkeypatch.setitem(NAMES, "model-without-owner", "owner/model")
+    assert not build_transformer_model("model-without-owner").checkpoint_report.fresh
 
 
 def test_files_are_fetched_once(server):

@@ -9,7 +9,7 @@ from keras_ext.models.build import (
 )
 from keras_ext.models.checkpoints import CheckpointReport
 from keras_ext.models.electra import ELECTRA, ELECTRAGenerator
-from keras_ext.models.family import FAMILIES, Family, Trunk, family_of
+from keras_ext.models.family import FAMILIES, Family, Trunk
 from keras_ext.models.gau_alpha import GAUAlpha
 from keras_ext.models.gpt import GPT
 from keras_ext.models.gpt2 import GPT2
@@ -17,6 +17,7 @@ from keras_ext.models.gpt2_ml import GPT2ML
 from keras_ext.models.hub import download_model
 from keras_ext.models.modernbert import ModernBERT
 from keras_ext.models.nezha import NEZHA
+from keras_ext.models.record import family_of
 from keras_ext.models.roformer import RoFormer
 from keras_ext.models.roformer_v2 import RoFormerV2
 from keras_ext.models.surgery import (

@@ -20,9 +20,10 @@ from keras_ext.models.checkpoints import (
     save_weights,
     uninitialized,
 )
-from keras_ext.models.family import OURS, Family, family_of, known_family
+from keras_ext.models.family import OURS, Family, known_family
 from keras_ext.models.graphs import check_graph
 from keras_ext.models.hub import download_model, is_repository
+from keras_ext.models.record import family_of
 
 CONFIG_FILES = ("bert_config.json", "config.json")
 

@@ -9,9 +9,7 @@ A family is a dataclass in a file of its own. Its fields are the sizes, its clas
         def block(self, side, number): ...    one block
         def tags(self, trunk): ...            what the head makes of the hidden states
 
-A built model carries its family and sizes in the configuration of its token embedding, which
-stays where the graph is taken apart, copied or saved. `family_of` reads them. Surgery states
-them anew, or withdraws them with the reason.
+A built model carries its family and sizes; see `record.py`.
 """
 
 import abc
@@ -22,7 +20,6 @@ from typing import Any, ClassVar, TypeVar
 import keras
 
 from keras_ext import layers
-from keras_ext.layers.every import every_layer
 from keras_ext.models.checkpoints import NameTable
 from keras_ext.models.rebuild import copy_layer
 
@@ -480,39 +477,6 @@ class Family(abc.ABC):
         return dataclasses.replace(self, attention={**(self.attention or {}), **attention})
 
 
-# ---------------------------------------------------------------------- what a model carries
-
-
-def family_of(model: keras.Model) -> Family:
-    """The family and sizes of a built model.
-
-    Args:
-        model: of `build_transformer_model`, or a functional model around it, also one that was
-            copied, changed by surgery or loaded.
-
-    Raises:
-        ValueError: it has none, several, or such as no family has any more, with the reason.
-
-    Example:
-        >>> bert = build_transformer_model("bert_config.json")
-        >>> head = keras.layers.Dense(2)(bert.output[:, 0])
-        >>> family_of(keras.Model(bert.inputs, head)).hidden_size
-        768
-    """
-    record = _carrier(model).architecture
-    if "left" in record:
-        raise ValueError(
-            f"{model.name} is no {FAMILIES[record['family']].__name__} of any sizes: "
-            f"{record['left']}."
-        )
-    return read_record(record)
-
-
-def read_record(record: Mapping[str, Any]) -> Family:
-    """The sizes that a record holds."""
-    return known_family(record["family"])(**record["sizes"])
-
-
 def known_family(name: str) -> type[Family]:
     if name not in FAMILIES:
         raise ValueError(
@@ -520,54 +484,3 @@ def known_family(name: str) -> type[Family]:
             "own is known once the module of its class is imported."
         )
     return FAMILIES[name]
-
-
-def restate(
-    model: keras.Model,
-    original: keras.Model,
-    change: Callable[[Any], Family | str],
-    left: str | None = None,
-) -> keras.Model:
-    """The model, that surgery made of the original, with sizes that are true again.
-
-    Args:
-        change: the sizes of the original -> those of the model, or why no family has such.
-            A ValueError is such a reason, too.
-        left: why the original had none, where that is over.
-    """
-    carriers = _carriers(model)
-    if len(carriers) != 1 or carriers[0].architecture.get("left") != left:
-        return model  # it was none before
-    sizes = read_record(_carrier(original).architecture)
-    try:
-        changed: Family | str = change(sizes)
-    except ValueError as error:
-        changed = str(error)
-    record = (
-        {**sizes.record(), "left": changed} if isinstance(changed, str) else changed.record()
-    )
-    carriers[0].architecture = record
-    return model
-
-
-def _carriers(model: keras.Model) -> list[layers.TokenEmbedding]:
-    return [
-        layer
-        for layer in every_layer(model)
-        if isinstance(layer, layers.TokenEmbedding) and layer.architecture is not None
-    ]
-
-
-def _carrier(model: keras.Model) -> layers.TokenEmbedding:
-    carriers = _carriers(model)
-    if not carriers:
-        raise ValueError(
-            f"{model.name} must be built by build_transformer_model, or hold the layers of "
-            "such a model; it has no token embedding of one."
-        )
-    if len(carriers) > 1:
-        raise ValueError(
-            f"{model.name} holds several Transformers, with the token embeddings "
-            f"{', '.join(layer.name for layer in carriers)}. Give one of them."
-        )
-    return carriers[0]

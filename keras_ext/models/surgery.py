@@ -28,8 +28,8 @@ from keras import ops
 from keras_ext.layers.blocks import Side
 from keras_ext.layers.norms import ConditionalLayerNormalization
 from keras_ext.layers.transformer import TransformerBlock, serialize_unbuilt
-from keras_ext.models.family import restate
 from keras_ext.models.rebuild import blocks_of, copy_layer, rebuild
+from keras_ext.models.record import restate
 
 
 def replace_attention(
@@ -109,8 +109,8 @@ def select_tokens(model: keras.Model, tokens: Sequence[int | Sequence[int]]) -> 
 
     Args:
         model: with a layer `token_embedding`, and perhaps `mlm_bias` or `lm_head`.
-        tokens: for each id of the new vocabulary one old id, or several. The first is 0, the
-            padding, where the model masks it.
+        tokens: for each id of the new vocabulary one old id, or several. Where the model masks
+            padding, it is among them; as the first, if it is 0.
 
     Returns:
         A `keras.Model` with inputs and outputs of `model`, not compiled.
@@ -134,10 +134,16 @@ def select_tokens(model: keras.Model, tokens: Sequence[int | Sequence[int]]) -> 
                 f"tokens[{new}] must be one or several ids from 0 to {len(known) - 1}, got "
                 f"{tokens[new]}."
             )
-    if not groups or (embedding.mask_zero and groups[0] != [0]):
-        raise ValueError(f"tokens[0] must be 0, the padding, got {list(tokens[:1])}.")
-
+    sizes: dict[str, Any] = {"vocab_size": len(groups)}
     changes = {"token_embedding": {"input_dim": len(groups)}, "mlm_bias": {}}
+    padding = embedding.padding_id
+    if embedding.mask_zero and padding and [padding] in groups:
+        sizes["pad_token_id"] = groups.index([padding])
+        changes["token_embedding"]["padding_id"] = sizes["pad_token_id"]
+    elif embedding.mask_zero and padding:
+        raise ValueError(f"tokens must have {padding}, the padding, got {list(tokens)}.")
+    elif not groups or (embedding.mask_zero and groups[0] != [0]):
+        raise ValueError(f"tokens[0] must be 0, the padding, got {list(tokens[:1])}.")
     changes["lm_head"] = {"units": len(groups)}
     for layer in model.layers:
         units = getattr(layer, "units", None)
@@ -154,9 +160,7 @@ def select_tokens(model: keras.Model, tokens: Sequence[int | Sequence[int]]) -> 
         return chosen.T if layer.name == "lm_head" else chosen
 
     changed = _changed(model, lambda layer: changes.get(layer.name), means)
-    return restate(
-        changed, model, lambda sizes: dataclasses.replace(sizes, vocab_size=len(groups))
-    )
+    return restate(changed, model, lambda old: dataclasses.replace(old, **sizes))
 
 
 def select_blocks(

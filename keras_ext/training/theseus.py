@@ -30,8 +30,8 @@ from keras import ops
 
 from keras_ext.layers.every import every_layer
 from keras_ext.layers.theseus import ReplacementRate, TheseusModule
-from keras_ext.models.family import restate
 from keras_ext.models.rebuild import blocks_of, copy_layer, rebuild
+from keras_ext.models.record import restate
 from keras_ext.training.objective_model import ObjectiveMixin
 
 IN_TRAINING = "its blocks are TheseusModules: take extract_successor"

@@ -128,6 +128,23 @@ def test_a_head_with_a_matrix_of_its_own_is_pruned_too():
     np.testing.assert_allclose(new[..., 3], mean, atol=1e-5)
 
 
+def test_padding_that_is_not_0_is_found_again(tmp_path):
+    """The rest sees no padding, whatever its id is then."""
+    given = {"local_attention": 2, "pad_token_id": 3}
+    model = build_transformer_model({**SIZES, **given}, model="modernbert")
+    small = select_tokens(model, [0, 9, 4, 3, 1][::-1])
+    new, old = np.array([[0, 2, 3, 1, 1]]), np.array([[1, 4, 9, 3, 3]])
+    found, expected = (ops.convert_to_numpy(m(x)) for m, x in ((small, new), (model, old)))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    longer = ops.convert_to_numpy(small(np.pad(new, ((0, 0), (0, 2)), constant_values=1)))
+    np.testing.assert_allclose(longer[:, :3], expected[:, :3], atol=1e-6)
+    save_transformer_model(small, tmp_path)
+    again = ops.convert_to_numpy(build_transformer_model(tmp_path)(new))
+    np.testing.assert_array_equal(again, found)
+    with pytest.raises(ValueError, match="tokens must have 3, the padding, got"):
+        select_tokens(model, [0, 9])
+
+
 def test_another_head_over_the_vocabulary_is_refused(model):
     own = keras.layers.Dense(SIZES["vocab_size"], name="own")(model.output)
     with pytest.raises(ValueError, match="own has 11 units, as many as there are tokens"):

@@ -1,0 +1,95 @@
+"""The family and sizes that a built model carries.
+
+They are in the configuration of its token embedding, which stays where the graph is taken
+apart, copied or saved. Surgery states them anew, or withdraws them with the reason.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+
+from keras_ext import layers
+from keras_ext.layers.every import every_layer
+from keras_ext.models.family import Family, known_family
+
+
+def family_of(model: keras.Model) -> Family:
+    """The family and sizes of a built model.
+
+    Args:
+        model: of `build_transformer_model`, or a functional model around it, also one that was
+            copied, changed by surgery or loaded.
+
+    Raises:
+        ValueError: it has none, several, or such as no family has any more, with the reason.
+
+    Example:
+        >>> bert = build_transformer_model("bert_config.json")
+        >>> head = keras.layers.Dense(2)(bert.output[:, 0])
+        >>> family_of(keras.Model(bert.inputs, head)).hidden_size
+        768
+    """
+    record = _carrier(model).architecture
+    if "left" in record:
+        raise ValueError(
+            f"{model.name} is no {known_family(record['family']).__name__} of any sizes: "
+            f"{record['left']}."
+        )
+    return read_record(record)
+
+
+def read_record(record: Mapping[str, Any]) -> Family:
+    """The sizes that a record holds."""
+    return known_family(record["family"])(**record["sizes"])
+
+
+def restate(
+    model: keras.Model,
+    original: keras.Model,
+    change: Callable[[Any], Family | str],
+    left: str | None = None,
+) -> keras.Model:
+    """The model, that surgery made of the original, with sizes that are true again.
+
+    Args:
+        change: the sizes of the original -> those of the model, or why no family has such.
+            A ValueError is such a reason, too.
+        left: why the original had none, where that is over.
+    """
+    carriers = _carriers(model)
+    if len(carriers) != 1 or carriers[0].architecture.get("left") != left:
+        return model  # it was none before
+    sizes = read_record(_carrier(original).architecture)
+    try:
+        changed: Family | str = change(sizes)
+    except ValueError as error:
+        changed = str(error)
+    record = (
+        {**sizes.record(), "left": changed} if isinstance(changed, str) else changed.record()
+    )
+    carriers[0].architecture = record
+    return model
+
+
+def _carriers(model: keras.Model) -> list[layers.TokenEmbedding]:
+    return [
+        layer
+        for layer in every_layer(model)
+        if isinstance(layer, layers.TokenEmbedding) and layer.architecture is not None
+    ]
+
+
+def _carrier(model: keras.Model) -> layers.TokenEmbedding:
+    carriers = _carriers(model)
+    if not carriers:
+        raise ValueError(
+            f"{model.name} must be built by build_transformer_model, or hold the layers of "
+            "such a model; it has no token embedding of one."
+        )
+    if len(carriers) > 1:
+        raise ValueError(
+            f"{model.name} holds several Transformers, with the token embeddings "
+            f"{', '.join(layer.name for layer in carriers)}. Give one of them."
+        )
+    return carriers[0]

@@ -118,7 +118,7 @@ assert np.allclose(table[500], old_table[[20, 30]].mean(0))
 print(f"{bert.count_params():,} weights, with half of the vocabulary {small.count_params():,}")
 
 # %% [markdown]
-# The model knows its family and its new sizes: it is saved by itself, and is an ordinary checkpoint.
+# The model knows its family and its new sizes, and is saved as an ordinary checkpoint.
 
 # %%
 with tempfile.TemporaryDirectory() as directory:

@@ -118,7 +118,7 @@ def half(old):
 
 
 SURGERY = {
-    "tokens": lambda model: select_tokens(model, [0, *range(10, 0, -1)]),
+    "tokens": lambda model: select_tokens(model, [0, *range(10, 1, -1)]),
     "blocks": lambda model: select_blocks(model, [0, 2]),
     "shared": share_blocks,
     "two groups": lambda model: share_blocks(model, 2),
@@ -235,9 +235,12 @@ def test_surgery_that_leaves_the_family(tmp_path):
             with pytest.raises(ValueError, match=message):
                 refused(model)
     modern = random_model("modernbert")
+    six = random_model("bert", sizes={**SIZES, "num_hidden_layers": 6})
+    of_groups = share_blocks(six, 4)  # blocks of the groups 0, 0, 1, 2, 2, 3
     for model, reason in (
         (select_blocks(modern, [1, 2]), "its first block has a norm before the attention"),
         (share_blocks(modern), "its blocks differ, but some are the same one now"),
+        (select_blocks(of_groups, [1, 2]), r"groups \[0, 1, 1\], where sizes mean \[0, 0, 1\]"),
     ):
         with pytest.raises(ValueError, match=reason):
             save_transformer_model(model, tmp_path)

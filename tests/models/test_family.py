@@ -123,6 +123,9 @@ SURGERY = {
     "shared": share_blocks,
     "two groups": lambda model: share_blocks(model, 2),
     "attention": lambda model: replace_attention(model, half, [1]),
+    "attention of some": lambda model: select_blocks(
+        replace_attention(model, half, [0, 2]), [0, 2]
+    ),
     "linear": lambda model: replace_attention(model, lambda old: LinearAttention(2, 4)),
     "all": lambda model: share_blocks(
         select_blocks(replace_attention(select_tokens(model, range(11)), half, [0, 2]), [1, 2])

@@ -161,12 +161,13 @@ def test_states_follow_their_beams(name):
         np.testing.assert_allclose(*map(ops.convert_to_numpy, (found, made)), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("family", "sides"), [("bert", ()), ("t5", ("encoder",)), ("t5", ("encoder", "decoder"))]
-)
+CONDITIONS = 3 * np.random.default_rng(5).normal(size=(3, 3))
+CONDITIONAL = [("bert", ()), ("t5", ("encoder",)), ("t5", ("encoder", "decoder"))]
+
+
+@pytest.mark.parametrize(("family", "sides"), CONDITIONAL)
 def test_conditions(family, sides):
-    model = conditional(family, sides=sides)
-    conditions = 3 * np.random.default_rng(5).normal(size=(3, 3))
+    model, conditions = conditional(family, sides=sides), CONDITIONS
     references = [Reference(model, row.astype("float32")) for row in conditions]
     generator, prompts = Generator(model, end_token=7), [PROMPTS[0]] * 3
     found = generator.generate(prompts, 6, condition=conditions)
@@ -174,7 +175,14 @@ def test_conditions(family, sides):
     assert len({*map(tuple, found)}) == 3
     streamed = zip(*generator.stream(prompts, 6, condition=conditions), strict=True)
     assert [[t for t in column if t is not None] for column in streamed] == found
-    found = generator.generate(PROMPTS, 4, num_beams=3, condition=conditions)
+
+
+@pytest.mark.parametrize(("family", "sides"), CONDITIONAL)
+def test_conditions_of_beams(family, sides):
+    model = conditional(family, sides=sides)
+    references = [Reference(model, row.astype("float32")) for row in CONDITIONS]
+    generator = Generator(model, end_token=7)
+    found = generator.generate(PROMPTS, 4, num_beams=3, condition=CONDITIONS)
     pairs = zip(references, PROMPTS, strict=True)
     assert found == [beams(r, prompt, 4, 7, 3, 1.0) for r, prompt in pairs]
 

@@ -44,8 +44,8 @@ from keras_ext.layers import (
     TokenEmbedding,
     TransformerBlock,
     hwfa_layers,
-    replace_attention,
 )
+from keras_ext.models import replace_attention
 from keras_ext.optimizers.schedules import PiecewiseLinear
 
 TRAINED, LENGTHS = 128, (128, 256, 512, 1024)

@@ -265,7 +265,7 @@ class Family(abc.ABC):
 
         Raises:
             TypeError: no family has such a head.
-            ValueError: this one has no such head.
+            ValueError: this one has no such head, or it is neither True nor False.
         """
         self._check_heads(heads)
         trunk = self.trunk()
@@ -283,6 +283,11 @@ class Family(abc.ABC):
                 raise TypeError(
                     f"build_transformer_model has no argument {head!r}. Heads of {kind}: "
                     f"{', '.join(self.heads) or 'none'}."
+                )
+            if not isinstance(heads[head], bool):
+                raise ValueError(
+                    f"{head} must be True or False, got {heads[head]!r}. Another kind of head "
+                    "is a layer on the output of the model, or an entry of `heads`."
                 )
             if head not in self.heads and heads[head]:
                 raise ValueError(

@@ -24,6 +24,7 @@ Source: Devlin et al. 2018, arXiv 1810.04805; github.com/google-research/bert; U
 al. 2019, arXiv 1905.03197; kexue.fm/archives/6933.
 """
 
+import abc
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
@@ -154,9 +155,9 @@ class Segmented(Family, abstract=True):
         hidden = self.encode(self.embed(hidden, positions), **pattern)
         return Trunk([token_ids, segment_ids, *positions], token_embedding, hidden)
 
+    @abc.abstractmethod
     def embed(self, hidden: Any, positions: list[Any]) -> Any:
         """What enters the first block, made of the embeddings of tokens and segments."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,8 @@ from keras_ext.models.hub import download_model, is_repository
 from keras_ext.models.record import family_of
 
 CONFIG_FILES = ("bert_config.json", "config.json")
+# Fields of any family that change what the same weights compute, and no shape of them.
+UNSEEN = ("hidden_act", "layer_norm_eps", "num_attention_heads", "head_size")
 
 
 def build_transformer_model(
@@ -137,7 +139,8 @@ def load_checkpoint(model: keras.Model, checkpoint: str | os.PathLike) -> Checkp
         The `CheckpointReport` of everything loaded, ignored and fresh.
 
     Raises:
-        ValueError: shapes differ, nothing fits, or the model is of no family (`family_of`).
+        ValueError: shapes differ, nothing fits, the model is of no family (`family_of`), or a
+            configuration beside the weights says that they are of other heads or activations.
         FileNotFoundError: the checkpoint is absent.
 
     Example:
@@ -146,7 +149,10 @@ def load_checkpoint(model: keras.Model, checkpoint: str | os.PathLike) -> Checkp
         bert_model.ckpt: 21 weights loaded, 2 variables ignored, 0 weights fresh
           ignored 2: not in the model
     """
-    return load_weights(model, _local(checkpoint), family_of(model).names)
+    checkpoint, sizes = _local(checkpoint), family_of(model)
+    if any((Path(checkpoint) / name).is_file() for name in CONFIG_FILES):
+        _check_unseen(sizes, _read_config(checkpoint), checkpoint)
+    return load_weights(model, checkpoint, sizes.names)
 
 
 def save_transformer_model(model: keras.Model, directory: str | os.PathLike) -> None:
@@ -187,6 +193,21 @@ def save_transformer_model(model: keras.Model, directory: str | os.PathLike) -> 
     partial = directory / f"partial-{name}"
     partial.write_text(json.dumps(sizes.to_config(), indent=2) + "\n", encoding="utf-8")
     os.replace(partial, directory / name)
+
+
+def _check_unseen(
+    sizes: Family, config: Mapping[str, Any], checkpoint: str | os.PathLike
+) -> None:
+    """Refuse weights that would compute something else in the model, whatever their shapes."""
+    # UER keeps the size of the vocabulary apart.
+    theirs = type(sizes).from_config({"vocab_size": sizes.vocab_size, **config})
+    for name in UNSEEN:
+        mine, other = getattr(sizes, name, None), getattr(theirs, name, None)
+        if mine != other:
+            raise ValueError(
+                f"{checkpoint} is of a model with {name}={other!r}, got a model with {mine!r}: "
+                f"build_transformer_model({os.fspath(checkpoint)!r}) builds the right one."
+            )
 
 
 def _family(model: str | type[Family] | None, config: Mapping[str, Any]) -> type[Family]:

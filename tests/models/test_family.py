@@ -219,6 +219,17 @@ def test_a_checkpoint_is_loaded_by_the_family_of_the_model(tmp_path):
     same(other, gpt)
 
 
+@pytest.mark.parametrize("other", ["heads", "activation", "epsilon"])
+def test_weights_that_would_compute_something_else_are_refused(other, tmp_path):
+    save_transformer_model(random_model("bert"), tmp_path)
+    model = random_model("bert", seed=1, sizes={**SIZES, **OTHER[other]})
+    before = values(model)
+    with pytest.raises(ValueError, match=f"is of a model with {next(iter(OTHER[other]))}="):
+        load_checkpoint(model, tmp_path)
+    for path, value in values(model).items():
+        np.testing.assert_array_equal(value, before[path])
+
+
 # ------------------------------------------------------------------ what no family can express
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ext.backend import concrete
+
 
 @keras.saving.register_keras_serializable(package="keras_ext")
 class TokenEmbedding(keras.layers.Embedding):
@@ -107,10 +109,11 @@ class SegmentEmbedding(keras.layers.Layer):
 
     Call arguments:
         inputs: (batch, length, width). The output is like it.
-        segment_ids: integers (batch, length); ids outside the table add zeros.
+        segment_ids: integers (batch, length). In a compiled call, where ids outside the table
+            cannot be seen, they add zeros.
 
     Raises:
-        ValueError: `num_segments` is not positive.
+        ValueError: `num_segments` is not positive, or an id is outside the table.
 
     Example:
         >>> layer = SegmentEmbedding(num_segments=2)
@@ -136,6 +139,16 @@ class SegmentEmbedding(keras.layers.Layer):
         )
 
     def call(self, inputs: Any, segment_ids: Any) -> Any:
+        seen = concrete(segment_ids)
+        if (
+            seen is not None
+            and seen.size
+            and not 0 <= seen.min() <= seen.max() < self.num_segments
+        ):
+            raise ValueError(
+                f"segment_ids must be from 0 to {self.num_segments - 1}, the rows of "
+                f"{self.name}, got {seen.min()} to {seen.max()}."
+            )
         segments = ops.one_hot(segment_ids, self.num_segments, dtype=self.compute_dtype)
         return inputs + ops.matmul(segments, self.embeddings)
 

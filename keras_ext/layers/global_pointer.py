@@ -183,7 +183,8 @@ class EfficientGlobalPointer(GlobalPointer):
 
         s_a(i, j) = q_iᵀ k_j / √d + u_aᵀ p_i + v_aᵀ p_j,    p = [q; k] without positions
 
-    As in bert4keras u and v are half of the weights of `type_dense`, each with a bias.
+    As in bert4keras the even columns of `dense` are q, the odd ones k, the even columns of
+    `type_dense` are 2v, the odd ones 2u, each with a bias.
 
     Args, call arguments, raises: those of `GlobalPointer`.
 
@@ -205,8 +206,9 @@ class EfficientGlobalPointer(GlobalPointer):
 
     def _scores(self, inputs: Any) -> Any:
         shared = self.dense(inputs)
-        query, key = ops.split(ops.expand_dims(shared, 2), 2, axis=-1)
-        types = ops.transpose(self.type_dense(shared) / 2, (0, 2, 1))
-        start, end = ops.split(types, 2, axis=1)  # (batch, heads, length)
+        batch, length = ops.shape(inputs)[:2]
+        query, key = ops.unstack(ops.reshape(shared, (batch, length, 1, -1, 2)), axis=-1)
+        types = ops.reshape(self.type_dense(shared) / 2, (batch, length, -1, 2))
+        end, start = ops.unstack(ops.transpose(types, (3, 0, 2, 1)))  # (batch, heads, length)
         scores = span_scores(query, key, self.rope)  # (batch, 1, length, length)
         return scores + ops.expand_dims(start, -1) + ops.expand_dims(end, -2)

@@ -29,6 +29,7 @@ from keras_ext.models.bert import (
     tensorflow_names,
 )
 from keras_ext.models.checkpoints import NameTable
+from keras_ext.models.family import Sizes
 
 PROJECTION = ("embedding_projection", "bert/encoder/embedding_hidden_mapping_in", DENSE)
 # Layer, its scope in a group of TensorFlow's, of Hugging Face's.
@@ -39,6 +40,7 @@ IN_GROUP = (
     ("attention/output_dense", "attention_1/output/dense", "attention/dense", DENSE),
     ("attention_norm", "LayerNorm", "attention/LayerNorm", NORM),
     ("feed_forward/intermediate_dense", "ffn_1/intermediate/dense", "ffn", DENSE),
+    ("feed_forward/linear_dense", "ffn_1/intermediate/dense_1", "ffn_gate", DENSE),  # ours
     ("feed_forward/output_dense", "ffn_1/intermediate/output/dense", "ffn_output", DENSE),
     ("feed_forward_norm", "LayerNorm_1", "full_layer_layer_norm", NORM),
 )
@@ -73,12 +75,19 @@ FIRST_GROUP = {r"(group_|groups\.)\d+": r"\g<1>0"}
 class ALBERT(BERT, family="albert"):
     """The sizes of an ALBERT.
 
+    `embedding_projection` says whether a layer widens the embeddings. Default: where they are
+    narrower, and in the configurations of transformers, which always has the layer.
+
+    Raises:
+        ValueError: as of `BERT`, or narrow embeddings are not to be widened.
+
     Example:
         >>> model = build_transformer_model("bert_config.json", model="albert")
     """
 
     embedding_size: int | None = 128
     num_hidden_groups: int | None = 1
+    embedding_projection: bool | None = None
 
     implied: ClassVar[Mapping[str, Any]] = {
         **IMPLIED,
@@ -99,9 +108,29 @@ class ALBERT(BERT, family="albert"):
     }
     narrow_embeddings: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        narrow = super().projects_embeddings
+        if self.embedding_projection is None:
+            object.__setattr__(self, "embedding_projection", narrow)
+        if narrow and not self.embedding_projection:
+            raise ValueError(
+                f"embedding_projection must be True for embedding_size={self.embedding_size} "
+                f"and hidden_size={self.hidden_size}, got False."
+            )
+
+    @classmethod
+    def from_config(cls: type[Sizes], config: Mapping[str, Any]) -> Sizes:
+        """Read a configuration of Google's or of transformers; see `Family.from_config`."""
+        if config.get("model_type") == cls.model_type:
+            config = {"embedding_projection": True, **config}
+        return super().from_config(config)
+
     @property
     def is_known_elsewhere(self) -> bool:
-        # With embeddings of full width transformers projects them all the same.
-        narrow = self.embedding_width != self.hidden_size
         groups = dataclasses.replace(self, num_hidden_groups=None)
-        return narrow and super(ALBERT, groups).is_known_elsewhere
+        return bool(self.embedding_projection) and super(ALBERT, groups).is_known_elsewhere
+
+    @property
+    def projects_embeddings(self) -> bool:
+        return bool(self.embedding_projection)

@@ -26,7 +26,7 @@ al. 2019, arXiv 1905.03197; kexue.fm/archives/6933.
 
 import abc
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import keras
@@ -45,6 +45,22 @@ UER_FIELDS = {
     "heads_num": "num_attention_heads",
     "layers_num": "num_hidden_layers",
     "max_seq_length": "max_position_embeddings",
+}
+
+# Fields of UER's configurations, with the values that mean no change.
+UER_IMPLIED = {
+    "layernorm_positioning": "post",
+    "feed_forward": "dense",
+    "mask": "fully_visible",
+    "encoder": "transformer",
+    "remove_transformer_bias": False,
+    "remove_embedding_layernorm": False,
+    "remove_attention_scale": False,
+    "relative_position_embedding": False,
+    "rotary_position_embedding": False,
+    "parameter_sharing": False,
+    "factorized_embedding_parameterization": False,
+    "tie_weights": True,
 }
 
 # Weights of a layer: ours, TensorFlow's, Hugging Face's. `.T` marks a transposed matrix.
@@ -68,6 +84,7 @@ IN_BLOCK = (
     ("attention/output_dense", "attention/output/dense", DENSE),
     ("attention_norm", "attention/output/LayerNorm", NORM),
     ("feed_forward/intermediate_dense", "intermediate/dense", DENSE),
+    ("feed_forward/linear_dense", "intermediate/dense_1", DENSE),  # of a gate; the name is ours
     ("feed_forward/output_dense", "output/dense", DENSE),
     ("feed_forward_norm", "output/LayerNorm", NORM),
 )
@@ -89,11 +106,12 @@ HEADS = (
 )
 
 
+SCOPES = ("cls.", "")  # of predictions, at Hugging Face; without any, ALBERT's
+
 LAYERS = (*EMBEDDINGS, *BLOCKS, *HEADS)
 WITHOUT_POSITIONS = tuple(row for row in LAYERS if row[0] != "position_embedding")
 
-
-TIED = "tied to the token embedding and the MLM bias"
+HEAD = r"mlm_|pooler$|nsp$|discriminator_"  # layers of heads
 
 
 def tensorflow_names(layers: Layers, model: str = "bert") -> NameTable:
@@ -105,6 +123,7 @@ def tensorflow_names(layers: Layers, model: str = "bert") -> NameTable:
             for ours, theirs, _ in weights
         },
         ignored={r"/adam_[mv]$": "optimizer slot", r"^global_step$": "step counter"},
+        optional=HEAD,
     )
 
 
@@ -120,7 +139,6 @@ def huggingface_names(layers: Layers, model: str = "bert") -> NameTable:
         },
         ignored={
             r"\.(position_ids|embed_positions\.weight|positions_encoding)$": "constant",
-            r"(predictions\.decoder|generator_lm_head\.weight)": TIED,
         },
         renamed={
             # A model saved without heads.
@@ -128,32 +146,56 @@ def huggingface_names(layers: Layers, model: str = "bert") -> NameTable:
             r"\.LayerNorm\.gamma$": ".LayerNorm.weight",
             r"\.LayerNorm\.beta$": ".LayerNorm.bias",
         },
+        copies={f"{x}predictions.decoder.bias": f"{x}predictions.bias" for x in SCOPES},
+        outputs=(
+            *(f"{x}predictions.decoder.weight" for x in SCOPES),
+            "generator_lm_head.weight",
+        ),
+        optional=HEAD,
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Segmented(Family, abstract=True):
-    """A family of token and segment ids: encoder, language model or UniLM."""
+    """A family of token and segment ids: encoder, language model or UniLM.
+
+    With `type_vocab_size` 0 (`segment_vocab_size` in bert4keras) it has no segments.
+    """
 
     type_vocab_size: int = 2
 
     applications: ClassVar[tuple[str, ...]] = ("encoder", "lm", "unilm")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.application == "unilm" and not self.type_vocab_size:
+            raise ValueError(
+                "type_vocab_size must be positive for application='unilm', whose segments say "
+                "what sees what, got 0."
+            )
+
+    @property
+    def is_known_elsewhere(self) -> bool:
+        return bool(self.type_vocab_size) and super().is_known_elsewhere
+
     def trunk(self) -> Trunk:
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
-        segment_ids = keras.Input((None,), dtype="int32", name="segment_ids")
+        segments: list[keras.KerasTensor] = []
         positions = self.position_ids()
         token_embedding = self.token_embedding()
-        hidden = layers.SegmentEmbedding(
-            self.type_vocab_size,
-            embeddings_initializer=self.table_initializer(),
-            name="segment_embedding",
-        )(token_embedding(token_ids), segment_ids)
+        hidden = token_embedding(token_ids)
+        if self.type_vocab_size:
+            segments = [keras.Input((None,), dtype="int32", name="segment_ids")]
+            hidden = layers.SegmentEmbedding(
+                self.type_vocab_size,
+                embeddings_initializer=self.table_initializer(),
+                name="segment_embedding",
+            )(hidden, *segments)
         pattern = self.pattern(positions)
         if self.application == "unilm":
-            pattern["attention_mask"] = layers.PrefixMask(name="prefix_mask")(segment_ids)
+            pattern["attention_mask"] = layers.PrefixMask(name="prefix_mask")(*segments)
         hidden = self.encode(self.embed(hidden, positions), **pattern)
-        return Trunk([token_ids, segment_ids, *positions], token_embedding, hidden)
+        return Trunk([token_ids, *segments, *positions], token_embedding, hidden)
 
     @abc.abstractmethod
     def embed(self, hidden: Any, positions: list[Any]) -> Any:
@@ -164,9 +206,11 @@ class Segmented(Family, abstract=True):
 class BERT(Segmented, family="bert"):
     """The sizes of a BERT, and how it is built from them.
 
-    The fields are those of `bert_config.json`; the first five have no default, and
-    `embedding_size`, the width of the embeddings, is `hidden_size` by default. `application` is
-    "encoder", "lm" or "unilm".
+    The fields are those of `bert_config.json`, of which the first five have no default; those
+    of bert4keras, `attention_head_size` (by default the width divided by the heads) and
+    `attention_key_size` (by default the same), the width of queries and keys; `embedding_size`,
+    the width of the embeddings (by default `hidden_size`); and `pooler_activation`, "tanh" or
+    "linear". `application` is "encoder", "lm" or "unilm".
 
     Raises:
         ValueError: as of `Family`, or the heads do not divide the width.
@@ -180,10 +224,14 @@ class BERT(Segmented, family="bert"):
     embedding_size: int | None = None
     max_position_embeddings: int = 512
     initializer_range: float = 0.02
+    attention_head_size: int | None = None
+    attention_key_size: int | None = None
+    pooler_activation: str = "tanh"
 
     aliases: ClassVar[Mapping[str, str]] = UER_FIELDS
     implied: ClassVar[Mapping[str, Any]] = {
         **IMPLIED,
+        **UER_IMPLIED,
         "position_embedding_type": "absolute",
         "use_relative_position": False,
     }
@@ -196,10 +244,17 @@ class BERT(Segmented, family="bert"):
         "with_nsp": "nsp",
         "with_pool": "pooled",
     }
+    head_activations: ClassVar[Mapping[str, str]] = {"with_pool": "pooler_activation"}
+    takes_gates: ClassVar[bool] = True
     narrow_embeddings: ClassVar[bool] = False  # whether embedding_size may differ
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.pooler_activation not in ("tanh", "linear"):
+            raise ValueError(
+                "pooler_activation, or with_pool, must be 'tanh' or 'linear', got "
+                f"{self.pooler_activation!r}."
+            )
         object.__setattr__(self, "embedding_size", self.embedding_width)  # it is frozen
         if not self.narrow_embeddings and self.embedding_size != self.hidden_size:
             raise ValueError(
@@ -208,9 +263,34 @@ class BERT(Segmented, family="bert"):
             )
 
     @property
+    def is_known_elsewhere(self) -> bool:
+        size = self.hidden_size // self.num_attention_heads
+        return (
+            super().is_known_elsewhere
+            and not self.gated
+            and self.pooler_activation == "tanh"
+            and self.attention_head_size in (None, size)
+            and self.attention_key_size in (None, size)
+        )
+
+    @property
+    def heads_divide_width(self) -> bool:
+        return self.attention_head_size is None
+
+    @property
+    def attention_sizes(self) -> tuple[int, int]:
+        size = self.attention_head_size or super().attention_sizes[1]
+        return self.attention_key_size or size, size
+
+    @property
     def embedding_width(self) -> int:
         """`embedding_size`, or its default."""
         return self.hidden_size if self.embedding_size is None else self.embedding_size
+
+    @property
+    def projects_embeddings(self) -> bool:
+        """Whether a layer widens the embeddings."""
+        return self.embedding_width != self.hidden_size
 
     def token_embedding(self, **options: Any) -> layers.TokenEmbedding:
         return super().token_embedding(output_dim=self.embedding_width, **options)
@@ -220,15 +300,20 @@ class BERT(Segmented, family="bert"):
         if self.learned_positions:
             hidden = self.add_positions(hidden, positions, self.max_position_embeddings)
         hidden = self.drop(self.norm("embedding_norm")(hidden))
-        if self.embedding_width == self.hidden_size:
+        if not self.projects_embeddings:
             return hidden
         return self.dense(self.hidden_size, "embedding_projection")(hidden)
 
     def mlm(self, trunk: Trunk) -> Any:
         """Logits over the vocabulary, (batch, length, vocab_size)."""
-        dense = self.dense(self.embedding_width, "mlm_dense", activation=self.activation)
+        dense = self.dense(self.embedding_width, "mlm_dense", activation=self.head_activation)
         hidden = self.norm("mlm_norm")(dense(trunk.hidden))
         return layers.Bias(name="mlm_bias")(trunk.token_embedding(hidden, reverse=True))
+
+    @property
+    def head_activation(self) -> Callable[[Any], Any]:
+        """Of the layer before the logits."""
+        return self.activation
 
     def nsp(self, trunk: Trunk) -> Any:
         """Logits of (next, random), (batch, 2)."""
@@ -236,7 +321,7 @@ class BERT(Segmented, family="bert"):
 
     def pooled(self, trunk: Trunk) -> Any:
         """The first token, (batch, hidden_size)."""
-        pooler = self.dense(self.hidden_size, "pooler", activation="tanh")
+        pooler = self.dense(self.hidden_size, "pooler", activation=self.pooler_activation)
         return trunk.once("pooled", lambda: pooler(trunk.hidden[:, 0]))
 
     def initializer(self) -> keras.initializers.Initializer:

@@ -40,7 +40,7 @@ def build_transformer_model(
     attention_dropout: float | None = None,
     recompute: bool = False,
     custom_position_ids: bool | None = None,
-    **heads: bool,
+    **heads: bool | str,
 ) -> keras.Model:
     """Build a Transformer as a functional Keras model and load its checkpoint.
 
@@ -53,7 +53,7 @@ def build_transformer_model(
                               (batch, length, vocabulary)
         with_nsp              logits of next-sentence prediction, of ALBERT of the order of
                               sentences, (batch, 2)
-        with_pool             the pooled first token, (batch, hidden)
+        with_pool             tanh(h_0 W + b) of the first token, (batch, hidden)
         with_discriminator    logits of ELECTRA, positive where a token is replaced,
                               (batch, length)
 
@@ -80,7 +80,8 @@ def build_transformer_model(
             False.
         custom_position_ids: a further input `position_ids`, int32 (batch, length), the last of
             them, says where tokens stand. Default: that of the configuration, or False.
-        **heads: which of the heads above to add. Default: none.
+        **heads: which of the heads above to add; `with_pool` may be "linear", without the tanh.
+            Default: none.
 
     Returns:
         A `keras.Model`; with a checkpoint, `model.checkpoint_report` tells what became of every
@@ -89,7 +90,7 @@ def build_transformer_model(
     Raises:
         ValueError: the family is unknown or has no such head, the configuration is incomplete
             or not of this family, or the checkpoint does not fit.
-        TypeError: no family has such a head.
+        TypeError: no family has such a head; one of bert4keras is told the way here.
         FileNotFoundError: configuration or checkpoint is absent.
         OSError: a repository cannot be reached.
 

@@ -9,9 +9,10 @@ A table maps the path of a model weight to the name of a checkpoint variable:
 `{i}` stands for the number of a block (`{i:03d}` for one of three digits), a final `.T` says
 that the checkpoint holds the transposed matrix, a final `[1/3]` that the weight is the second
 of three parts of that, along the last axis. Every checkpoint variable is then either
-loaded or ignored with a reason, every model weight either loaded or fresh. Everything is
-checked before anything is assigned. Saving goes the other way, with the same table: a weight
-that it does not name is an error.
+loaded or ignored with a reason, every model weight either loaded or fresh; what the table
+names and the model lacks is told, or refused. Everything is checked before anything is
+assigned. Saving goes the other way, with the same table: a weight that it does not name is an
+error.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ import keras
 import numpy as np
 
 from keras_ext import backend
+from keras_ext.layers.every import every_layer
 from keras_ext.models.huggingface_checkpoint import (
     FILE,
     INDEX,
@@ -55,12 +57,18 @@ class NameTable:
         ignored: pattern of variables that no model needs -> the reason.
         renamed: pattern -> replacement, applied to the checkpoint's names first, in order.
         fallbacks: pattern -> replacement: a variable to read where one is absent.
+        copies: variable that repeats another one -> that.
+        outputs: matrices of logits that repeat the token embedding where a model ties them.
+        optional: pattern of the layers that a model may lack: those of its heads.
     """
 
     weights: Mapping[str, str]
     ignored: Mapping[str, str]
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fallbacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+    optional: str = "$"
 
     def source(self, path: str) -> "Source | None":
         """Where a model weight is in a checkpoint; None where it has no name."""
@@ -83,8 +91,27 @@ class NameTable:
         for pattern, reason in self.ignored.items():
             if re.search(pattern, name):
                 return reason
-        known = {NUMBER.sub("{i}", Source.parse(name).name) for name in self.weights.values()}
-        return "not in the model" if BLOCK.sub("{i}", name, count=1) in known else "unknown"
+        known = self.paths(name) or self.output(name) or name in self.copies
+        return "not in the model" if known else "unknown"
+
+    def output(self, name: str) -> "Source | None":
+        """How the token embedding is read from this variable, if from any."""
+        return next((x for x in map(Source.parse, self.outputs) if x.name == name), None)
+
+    def paths(self, name: str) -> list[str]:
+        """The weights that a checkpoint variable has a place for."""
+        number = BLOCK.search(name)
+        return [
+            path.replace("{i}", str(int(number[0]))) if number else path
+            for path in self._paths.get(BLOCK.sub("{i}", name, count=1), [])
+        ]
+
+    @functools.cached_property
+    def _paths(self) -> dict[str, list[str]]:
+        paths: dict[str, list[str]] = {}
+        for path, name in self.weights.items():
+            paths.setdefault(NUMBER.sub("{i}", Source.parse(name).name), []).append(path)
+        return paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +229,8 @@ def load_weights(
         tables: format ("tensorflow", "huggingface") -> its table of names.
 
     Raises:
-        ValueError: shapes differ, or nothing fits; the model is unchanged then.
+        ValueError: shapes differ, nothing fits, or what is tied in the model has values of its
+            own in the checkpoint; the model is unchanged then.
 
     Example:
         >>> bert = build_transformer_model("bert_config.json")
@@ -242,21 +270,29 @@ def load_weights(
             f"{checkpoint} shares no variable with the model {model.name!r}: it holds "
             f"{_some(reader.shapes)}, the model {_some(fresh)}."
         )
-    for variable, name, source in plan:
-        _assign(variable, functools.partial(_read, reader, name, source))
     loaded = {variable.path: name for variable, name, _ in plan}
     used = set(loaded.values())
+    ignored = {canonical: name for canonical, name in stored.items() if name not in used}
+    ties = _ties(model, reader, table, stored, ignored)
+    for variable, name, source in plan:
+        _assign(variable, functools.partial(_read, reader, name, source))
     report = CheckpointReport(
         checkpoint=os.fspath(checkpoint),
         loaded=loaded,
         ignored={
-            name: table.reason_to_ignore(canonical)
-            for canonical, name in stored.items()
-            if name not in used
+            name: ties.get(canonical) or table.reason_to_ignore(canonical)
+            for canonical, name in ignored.items()
         },
         fresh=tuple(fresh),
     )
     logger.info("%s", report)
+    lost = _lost(model, table, ignored)
+    if lost:
+        warnings.warn(
+            f"{len(lost)} variables of {checkpoint} have no place in {model.name!r}, although "
+            f"such models have them: {', '.join(lost)}. Check the configuration.",
+            stacklevel=3,
+        )
     if fresh:
         warnings.warn(
             f"{len(fresh)} weights of {model.name!r} are not in {checkpoint} and keep their "
@@ -309,6 +345,65 @@ def save_weights(model: keras.Model, directory: str | os.PathLike, table: NameTa
     # safetensors writes the buffer of an array whatever its strides.
     contiguous = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
     write_huggingface_checkpoint(directory, contiguous)
+
+
+def _lost(model: keras.Model, table: NameTable, ignored: Mapping[str, str]) -> list[str]:
+    """The ignored variables of blocks that the model has, and of layers that all such models
+    have."""
+    layers = {variable.path.partition("/")[0] for variable in model.weights}
+    lost = []
+    for canonical, name in ignored.items():
+        owners = {path.partition("/")[0] for path in table.paths(canonical)}
+        if owners & layers or any(
+            not (BLOCK.search(f"{owner}/") or re.match(table.optional, owner))
+            for owner in owners
+        ):
+            lost.append(name)
+    return lost
+
+
+def _ties(
+    model: keras.Model,
+    reader: TensorFlowCheckpoint | HuggingFaceCheckpoint,
+    table: NameTable,
+    stored: Mapping[str, str],
+    ignored: Mapping[str, str],
+) -> dict[str, str]:
+    """The ignored variables that repeat loaded ones -> the reason.
+
+    Raises:
+        ValueError: a variable has values of its own, where the model ties it.
+    """
+    ties = {}
+    embedding = table.weights.get("token_embedding/embeddings", "")
+    for canonical, name in ignored.items():
+        source, original = table.output(canonical), embedding
+        if source is None:
+            source, original = Source(canonical), table.copies.get(canonical, "")
+        if original not in stored or original in ignored:
+            continue
+        values, other = reader.read(name), reader.read(stored[original])
+        if np.array_equal(values.T if source.transposed else values, other):
+            ties[canonical] = f"tied to {stored[original]}"
+        elif canonical in table.copies or _is_tied(model):
+            raise ValueError(
+                f"{name} must be equal to {stored[original]}, to which {model.name!r} ties it; "
+                "no weight was changed. Where a family has the field tie_word_embeddings, set "
+                "it to False in the configuration."
+            )
+    return ties
+
+
+def _is_tied(model: keras.Model) -> bool:
+    """Whether the logits are products with the token embedding."""
+    return any(
+        node["kwargs"].get("reverse")
+        for part in (model, *every_layer(model))
+        if isinstance(part, keras.Model) and hasattr(part, "operations")
+        for layer in part.get_config()["layers"]
+        if layer["class_name"] == "TokenEmbedding"
+        for node in layer["inbound_nodes"]
+    )
 
 
 def _replaced(name: str, replacements: Mapping[str, str]) -> str:

@@ -4,13 +4,14 @@
     discriminator:  logit  = gelu(h W + b) w + c > 0 where a token is replaced
 
 Embeddings may be narrower than the blocks. The discriminator is the model for other tasks. A
-TensorFlow checkpoint has both, which share the embeddings; Hugging Face's has one.
+TensorFlow checkpoint has both, which share the embeddings; Hugging Face's has one. In the head
+of the generator transformers has a gelu whatever `hidden_act` is, Google `hidden_act`.
 
 Source: Clark et al. 2020, arXiv 2003.10555; github.com/google-research/electra.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from keras import ops
@@ -26,7 +27,7 @@ from keras_ext.models.bert import (
     tensorflow_names,
 )
 from keras_ext.models.checkpoints import NameTable
-from keras_ext.models.family import Trunk
+from keras_ext.models.family import ACTIVATIONS, Sizes, Trunk
 
 TRUNK = (*EMBEDDINGS, ("embedding_projection", "bert/embeddings_project", DENSE), *BLOCKS)
 GENERATOR_HEAD = (
@@ -93,9 +94,14 @@ class ELECTRA(BERT, family="electra"):
 class ELECTRAGenerator(ELECTRA, family="electra_generator"):
     """The sizes of an ELECTRA generator. Its only head is `with_mlm`.
 
+    `head_act` is the activation there. Default: "gelu" in the configurations of transformers,
+    `hidden_act` in others.
+
     Example:
         >>> model = build_transformer_model("bert_config.json", model="electra_generator")
     """
+
+    head_act: str | None = None
 
     model_type: ClassVar[str] = "electra"  # and another one of its architectures
     architectures: ClassVar[tuple[str, ...]] = ("ElectraForMaskedLM",)
@@ -112,3 +118,26 @@ class ELECTRAGenerator(ELECTRA, family="electra_generator"):
         ),
     }
     heads: ClassVar[Mapping[str, str]] = {"with_mlm": "mlm"}
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "head_act", self.head_act or self.hidden_act)
+        super().__post_init__()
+        if self.head_act not in ACTIVATIONS:
+            raise ValueError(
+                f"head_act must be one of {', '.join(ACTIVATIONS)}, got {self.head_act!r}."
+            )
+
+    @classmethod
+    def from_config(cls: type[Sizes], config: Mapping[str, Any]) -> Sizes:
+        """Read a configuration of Google's or of transformers; see `Family.from_config`."""
+        if config.get("model_type") == cls.model_type:
+            config = {"head_act": "gelu", **config}
+        return super().from_config(config)
+
+    @property
+    def is_known_elsewhere(self) -> bool:
+        return self.head_act == "gelu" and super().is_known_elsewhere
+
+    @property
+    def head_activation(self) -> Callable[[Any], Any]:
+        return ACTIVATIONS[str(self.head_act)]

@@ -20,11 +20,19 @@ from typing import Any, ClassVar, TypeVar
 import keras
 
 from keras_ext import layers
+from keras_ext.models.bert4keras import (
+    BERT4KERAS_ARGUMENTS,
+    BERT4KERAS_FIELDS,
+    BERT4KERAS_MODELS,
+    WITHOUT,
+)
 from keras_ext.models.checkpoints import NameTable
 from keras_ext.models.rebuild import copy_layer
 
 # What `model` may be -> the sizes of such a model, and how it is built.
 FAMILIES: dict[str, "type[Family]"] = {}
+
+RARE = ("num_hidden_groups", "attention", "custom_position_ids", "gated")
 
 OURS = "keras_ext_"  # before the `model_type` of what transformers would build as another model
 
@@ -84,10 +92,12 @@ class Family(abc.ABC):
             `replace_attention` put another one. Default: none.
         custom_position_ids: a further input `position_ids` says where tokens stand. Default:
             False.
+        gated: feed-forward layers multiply by a second product of their input. Configurations
+            may say so by `"hidden_act": ["gelu", "linear"]`. Default: False.
 
     Raises:
         ValueError: the activation or the application is unknown, a number is out of range, or
-            the family cannot take position ids.
+            the family cannot take position ids or gates.
 
     Example:
         >>> class Tagger(BERT):
@@ -115,6 +125,7 @@ class Family(abc.ABC):
     num_hidden_groups: int | None = None
     attention: Mapping[str, Any] | None = None
     custom_position_ids: bool = False
+    gated: bool = False
 
     family: ClassVar[str]
     # `model_type` and `architectures` of its configurations at Hugging Face. Default: `family`.
@@ -129,12 +140,14 @@ class Family(abc.ABC):
     names: ClassVar[Mapping[str, NameTable]] = {}
     # Argument of `build` -> the method that makes an output of a `Trunk`.
     heads: ClassVar[Mapping[str, str]] = {}
+    # Argument of `build` -> the field that is the activation of the head; others give logits.
+    head_activations: ClassVar[Mapping[str, str]] = {}
     applications: ClassVar[tuple[str, ...]] = ("encoder",)
-    heads_divide_width: ClassVar[bool] = True
     use_bias: ClassVar[bool] = True  # in the blocks
     pre_norm: ClassVar[bool] = False  # in the blocks
     learned_positions: ClassVar[bool] = True  # or the attentions know where tokens stand
     takes_positions: ClassVar[bool] = True  # custom ones
+    takes_gates: ClassVar[bool] = False
 
     def __init_subclass__(
         cls, family: str | None = None, abstract: bool = False, **kwargs: Any
@@ -175,6 +188,10 @@ class Family(abc.ABC):
                     f"{self.group_field(side)} must be from 1 to {number}, the number of "
                     f"blocks of the {side}, got {self.groups(side)}."
                 )
+        if self.gated and not self.takes_gates:
+            raise ValueError(
+                f"hidden_act must be one activation for {kind}, got a gate, or gated=True."
+            )
         if self.custom_position_ids and not self.takes_positions:
             raise ValueError(
                 f"custom_position_ids must be False for {kind}, which knows distances only, "
@@ -191,13 +208,28 @@ class Family(abc.ABC):
         Raises:
             ValueError: a required field is missing, or a field asks for another architecture.
         """
-        ours = {theirs: name for name, theirs in cls.fields.items()} | dict(cls.aliases)
-        config = {ours.get(key, key): value for key, value in config.items()}
+        theirs = {theirs: name for name, theirs in cls.fields.items()}
+        aliases = {**BERT4KERAS_FIELDS, **theirs, **cls.aliases}
+        # What has two names in a file, such as type_vocab_size, is what the alias says.
+        config = {key: value for key, value in config.items() if key not in aliases} | {
+            aliases[key]: value for key, value in config.items() if key in aliases
+        }
+        if isinstance(config.get("hidden_act"), (list, tuple)):
+            activation, *gate = config["hidden_act"]
+            if gate not in ([], ["linear"]):
+                raise ValueError(
+                    'hidden_act must be like "gelu" or, with a gate, ["gelu", "linear"], got '
+                    f"{config['hidden_act']!r}."
+                )
+            config |= {"hidden_act": activation, "gated": bool(gate)}
         if config.get("model_type") in (cls.family, OURS + cls.family):
             del config["model_type"]
         fields = dataclasses.fields(cls)
-        fit = {"embedding_size": config.get("hidden_size"), "model_type": cls.model_type}
-        for key, value in {**fit, **cls.implied}.items():
+        width, heads = config.get("hidden_size"), config.get("num_attention_heads")
+        size = width // heads if width and heads else None
+        fit = {"embedding_size": width, "model_type": cls.model_type}
+        fit |= {"attention_head_size": size, "attention_key_size": size}
+        for key, value in {**WITHOUT, **fit, **cls.implied}.items():
             if key in {field.name for field in fields}:
                 continue
             if config.get(key, value) not in (value, None):
@@ -234,11 +266,8 @@ class Family(abc.ABC):
 
     def _changed(self) -> dict[str, Any]:
         """Its fields, without those of `Family` alone that no surgery has set."""
-        rare = {
-            field.name: field.default
-            for field in dataclasses.fields(Family)
-            if field.name in ("num_hidden_groups", "attention", "custom_position_ids")
-        }
+        fields = dataclasses.fields(Family)
+        rare = {field.name: field.default for field in fields if field.name in RARE}
         rare["application"] = self.applications[0]
         return {
             field.name: getattr(self, field.name)
@@ -257,17 +286,25 @@ class Family(abc.ABC):
 
     # ------------------------------------------------------------------ the model
 
-    def build(self, **heads: bool) -> keras.Model:
+    def build(self, **heads: bool | str) -> keras.Model:
         """The functional model with fresh weights; see `build_transformer_model`.
 
         Args:
-            **heads: which of `self.heads` it has. Default: none.
+            **heads: which of `self.heads` it has, or the activation there. Default: none.
 
         Raises:
             TypeError: no family has such a head.
-            ValueError: this one has no such head, or it is neither True nor False.
+            ValueError: this one has no such head, or not with such an activation.
         """
         self._check_heads(heads)
+        fields = self.head_activations
+        given: dict[str, Any] = {
+            fields[head]: value
+            for head, value in heads.items()
+            if head in fields and isinstance(value, str)
+        }
+        if any(getattr(self, field) != value for field, value in given.items()):
+            return dataclasses.replace(self, **given).build(**heads)
         trunk = self.trunk()
         outputs = [trunk.hidden]
         for head, method in self.heads.items():  # in this order
@@ -276,18 +313,25 @@ class Family(abc.ABC):
         inputs, outputs = (x if len(x) > 1 else x[0] for x in (trunk.inputs, outputs))
         return keras.Model(inputs, outputs, name=self.family)
 
-    def _check_heads(self, heads: Mapping[str, bool]) -> None:
+    def _check_heads(self, heads: Mapping[str, bool | str]) -> None:
         kind = type(self).__name__
         for head in heads:
+            if head in BERT4KERAS_ARGUMENTS:
+                raise TypeError(
+                    f"{head} is an argument of bert4keras; here: {BERT4KERAS_ARGUMENTS[head]}."
+                )
             if not any(head in family.heads for family in FAMILIES.values()):
                 raise TypeError(
                     f"build_transformer_model has no argument {head!r}. Heads of {kind}: "
                     f"{', '.join(self.heads) or 'none'}."
                 )
-            if not isinstance(heads[head], bool):
+            # Logits are linear, as bert4keras calls what it has by True with a softmax.
+            linear = heads[head] == "linear" and head not in self.head_activations
+            activation = head in self.head_activations and isinstance(heads[head], str)
+            if not (isinstance(heads[head], bool) or linear or activation):
                 raise ValueError(
-                    f"{head} must be True or False, got {heads[head]!r}. Another kind of head "
-                    "is a layer on the output of the model, or an entry of `heads`."
+                    f"{head} must be True or False, got {heads[head]!r}. It gives logits: what "
+                    "is to be made of them, and any other head, is a layer on the outputs."
                 )
             if head not in self.heads and heads[head]:
                 raise ValueError(
@@ -305,7 +349,7 @@ class Family(abc.ABC):
         return layers.TransformerBlock(
             layers.MultiHeadAttention(
                 self.num_attention_heads,
-                self.hidden_size // self.num_attention_heads,
+                *self.attention_sizes,
                 dropout=self.attention_probs_dropout_prob,
                 position=self.position(),
                 causal=self.application == "lm",
@@ -318,6 +362,7 @@ class Family(abc.ABC):
                 activation=self.activation,
                 kernel_initializer=self.initializer(),
                 use_bias=self.use_bias,
+                gated=self.gated,
                 name="feed_forward",
             ),
             dropout=self.hidden_dropout_prob,
@@ -325,6 +370,17 @@ class Family(abc.ABC):
             pre_norm=self.pre_norm,
             name=f"{side}_{number}",
         )
+
+    @property
+    def heads_divide_width(self) -> bool:
+        """Whether heads are parts of the width, and have no size of their own."""
+        return True
+
+    @property
+    def attention_sizes(self) -> tuple[int, int]:
+        """Width of the queries and keys of a head, and of its values."""
+        size = self.hidden_size // self.num_attention_heads
+        return size, size
 
     def position(self) -> Any:
         """What tells the attention of a block where tokens stand."""
@@ -483,6 +539,10 @@ class Family(abc.ABC):
 
 
 def known_family(name: str) -> type[Family]:
+    if name in BERT4KERAS_MODELS and name not in FAMILIES:
+        raise ValueError(
+            f"{name!r} is the name of a model in bert4keras; here: {BERT4KERAS_MODELS[name]}."
+        )
     if name not in FAMILIES:
         raise ValueError(
             f"Unknown family {name!r}. Known: {', '.join(sorted(FAMILIES))}. A family of your "

@@ -67,9 +67,9 @@ def huggingface_names(tables: Mapping[str, str], norms: Mapping[str, str]) -> Na
         ignored={
             r"\.attn\.(bias|masked_bias)$": "constant",
             r"\.position_ids$": "constant",
-            r"^lm_head\.weight$": "tied to the token embedding",
         },
         renamed={rf"^({first})\.": r"transformer.\1."},  # a model saved without its head
+        outputs=("lm_head.weight",),
     )
 
 

@@ -144,7 +144,9 @@ class ModernBERT(Family, family="modernbert"):
                     for ours, theirs in weights.items()
                 },
             },
-            ignored={r"^decoder\.weight$": "tied to the token embedding"},
+            ignored={},
+            outputs=("decoder.weight",),
+            optional="mlm_",
             renamed={r"^(embeddings|layers|final_norm)\.": r"model.\1."},
         )
     }

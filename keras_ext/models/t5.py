@@ -45,6 +45,8 @@ GATED = {"gelu": "gelu_new"}  # what T5 calls gated-gelu has the tanh
 # Sublayer -> its name in both kinds of checkpoints, whose weights are kernels alone.
 PROJECTIONS = {"query_dense": "q", "key_dense": "k", "value_dense": "v", "output_dense": "o"}
 FEED_FORWARD = {"intermediate_dense": "wi_0", "linear_dense": "wi_1", "output_dense": "wo"}
+# Layers of heads, and of a side, which a model may be without.
+SIDE = r"lm_head$|encoder_|decoder_"
 
 
 def _names(block: str, sub: str, kernel: str, projection: str, scale: str) -> dict[str, str]:
@@ -91,6 +93,8 @@ TENSORFLOW = NameTable(
         "lm_head/kernel": "decoder/logits/kernel",
     },
     ignored={r"_slot_v[rc]?$": "optimizer slot", r"^global_step$": "step counter"},
+    outputs=("decoder/logits/kernel.T",),
+    optional=SIDE,
     renamed={  # mT5's
         r"^(encoder|decoder)/rms_norm/": r"\1/final_layer_norm/",
         "rms_norm": "layer_norm",
@@ -106,10 +110,10 @@ HUGGINGFACE = NameTable(
         **_names("block.{i}.", "layer.", ".weight.T", ".weight.T", "weight"),
         "lm_head/kernel": "lm_head.weight.T",
     },
-    ignored={
-        r"^(encoder|decoder)\.embed_tokens\.weight$": "tied to the token embedding",
-        r"EncDecAttention\.relative_attention_bias": "unused",
-    },
+    ignored={r"EncDecAttention\.relative_attention_bias": "unused"},
+    copies={f"{side}.embed_tokens.weight": "shared.weight" for side in ("encoder", "decoder")},
+    outputs=("lm_head.weight",),
+    optional=SIDE,
     # transformers ties the head of a T5 1.1 that it makes itself.
     fallbacks={r"\.wi_0\.": ".wi.", r"^lm_head\.": "shared."},
 )
@@ -145,7 +149,6 @@ class T5(Family, family="t5"):
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     hidden_act: str = "relu"
-    gated: bool = False
     layer_norm_eps: float = 1e-6
     initializer_factor: float = 1.0
     tie_word_embeddings: bool = True
@@ -158,8 +161,8 @@ class T5(Family, family="t5"):
         "huggingface": HUGGINGFACE,
     }
     heads: ClassVar[Mapping[str, str]] = {"with_mlm": "mlm"}
+    takes_gates: ClassVar[bool] = True
     applications: ClassVar[tuple[str, ...]] = ("seq2seq", "encoder", "decoder")
-    heads_divide_width: ClassVar[bool] = False
     learned_positions: ClassVar[bool] = False
     takes_positions: ClassVar[bool] = False
 
@@ -175,8 +178,15 @@ class T5(Family, family="t5"):
 
     @classmethod
     def from_config(cls: type[Sizes], config: Mapping[str, Any]) -> Sizes:
-        """Read the fields of Hugging Face, or ours; see `Family.from_config`."""
+        """Read the fields of Hugging Face, or ours; see `Family.from_config`.
+
+        transformers 5 writes `tie_word_embeddings` True for any T5, and what it was into
+        `scale_decoder_outputs`.
+        """
         config = dict(config)
+        scaled = config.get("scale_decoder_outputs")
+        if scaled is not None:
+            config["tie_word_embeddings"] = scaled
         kind = config.pop("feed_forward_proj", None)
         if kind is not None:
             gate, _, activation = kind.rpartition("-")
@@ -201,6 +211,10 @@ class T5(Family, family="t5"):
         if self.application == "encoder":  # which its architecture says
             return dataclasses.replace(self, application="seq2seq").is_known_elsewhere
         return super().is_known_elsewhere and self.num_decoder_groups is None
+
+    @property
+    def heads_divide_width(self) -> bool:
+        return False
 
     @property
     def sides(self) -> dict[str, int]:

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from compiled import compiled
 from keras import ops
 
 from keras_ext.layers import PositionEmbedding, SegmentEmbedding, TokenEmbedding
@@ -96,6 +97,18 @@ def test_too_long_inputs_are_refused():
         layer(np.zeros((1, 7, 3), "float32"))
     with pytest.raises(ValueError, match=message):
         layer(keras.Input((7, 3)))
+
+
+@pytest.mark.parametrize("wrong", [-1, 2])
+def test_a_segment_outside_the_table_is_said_where_it_can_be_seen(wrong):
+    layer = SegmentEmbedding(2, "ones")
+    layer.build((1, 2, 3), (1, 2))
+    with pytest.raises(ValueError, match=rf"segment_ids must be from 0 to 1, .*{wrong}"):
+        layer(np.zeros((1, 2, 3)), np.array([[0, wrong]]))
+    layer(np.zeros((1, 0, 3)), np.zeros((1, 0), int))
+    if keras.backend.backend() != "torch":  # whose one_hot sees for itself
+        outputs = compiled(layer)(np.zeros((1, 2, 3), "float32"), np.array([[0, wrong]]))
+        np.testing.assert_array_equal(outputs, [[[1, 1, 1], [0, 0, 0]]])
 
 
 def test_tables_need_rows():

@@ -49,9 +49,10 @@ def expected(layer):
         query, key = projected[..., 0, :], projected[..., 1, :]
         extra = 0
     else:
-        query, key = projected[..., None, :SIZE], projected[..., None, SIZE:]
+        # The slices of bert4keras 0.11, whose trained heads are to be read.
+        query, key = projected[..., None, ::2], projected[..., None, 1::2]
         types = np.swapaxes(projected @ weights[2] + weights[3], 1, 2) / 2
-        extra = types[:, :HEADS, :, None] + types[:, HEADS:, None, :]
+        extra = types[:, ::2, None, :] + types[:, 1::2, :, None]
     pairs = zip(query, key, strict=True)
     return np.stack([reference.span_scores(q, k, layer.rope) for q, k in pairs]) + extra
 

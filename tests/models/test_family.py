@@ -363,8 +363,8 @@ def test_a_family_of_the_users_own(tagger, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "Tagger"
     with pytest.raises(TypeError, match=r"no argument 'with_crf'\. Heads of BERT: with_mlm"):
         build_transformer_model(SIZES, with_crf=True)
-    with pytest.raises(ValueError, match="with_pool must be True or False, got 'linear'"):
-        build_transformer_model(SIZES, with_pool="linear")
+    with pytest.raises(ValueError, match="with_tags must be True or False, got 'softmax'"):
+        build_transformer_model(SIZES, model=tagger, with_tags="softmax")
     with pytest.raises(ValueError, match="BERT has no head for with_tags"):
         build_transformer_model(SIZES, with_tags=True)
     with pytest.raises(TypeError, match="name or a subclass of Family, got <class 'dict'>"):

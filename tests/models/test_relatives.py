@@ -42,11 +42,8 @@ def test_equals_transformers(family, tmp_path):
     model = build_transformer_model(tmp_path, model=family, **flags)
     report = model.checkpoint_report
     assert not report.fresh
-    assert set(report.ignored.values()) <= {
-        "constant",
-        "tied to the token embedding",
-        "tied to the token embedding and the MLM bias",
-    }
+    reasons = set(report.ignored.values())
+    assert all(reason == "constant" or reason.startswith("tied to ") for reason in reasons)
     segment_ids = golden.get("segment_ids")
     outputs = run(model, golden["token_ids"], segment_ids)
     for name, output in zip(("hidden", *heads), outputs, strict=True):

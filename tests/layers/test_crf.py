@@ -280,7 +280,12 @@ def test_tiny_losses_and_gradients_are_exact(margin, length):
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("margin", [5, 15, 40])
+THOROUGH = pytest.mark.thorough
+
+
+@pytest.mark.parametrize(
+    "margin", [pytest.param(5, marks=THOROUGH), 15, pytest.param(40, marks=THOROUGH)]
+)
 def test_tiny_losses_of_two_thousand_steps(margin):
     random = np.random.default_rng(1)
     tags = random.integers(NUMBER, size=(1, 2000))

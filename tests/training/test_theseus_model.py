@@ -268,13 +268,14 @@ def test_it_takes_part_in_objectives(whole):
         student = keras.Model(student.inputs, logits)
     model = with_objective(student, [RDrop(1.0, from_logits=True)])
     assert isinstance(model, TheseusModel) == whole
-    compiled(model, AccumOptimizer(keras.optimizers.SGD(0.1), 3), jit_compile=JIT)
+    jit = JIT and whole  # one compilation is enough
+    compiled(model, AccumOptimizer(keras.optimizers.SGD(0.1), 3), jit_compile=jit)
     assert len(model.trainable_variables) == len(student.trainable_variables) + 1
     before = [np.array(ops.convert_to_numpy(v)) for v in student.trainable_variables]
     options = {"batch_size": 3, "shuffle": False, "verbose": 0}
     history = model.fit(X, Y, callbacks=[ConstantReplacement(0.5, 1)], **options).history
     assert history.keys() == {"loss", "divergence"}
-    assert model.get_layer("theseus_0").recompute == JIT
+    assert model.get_layer("theseus_0").recompute == jit
     assert any(
         (a != ops.convert_to_numpy(b)).any()
         for a, b in zip(before, student.trainable_variables, strict=True)

@@ -15,6 +15,7 @@ from keras_ext.models.gpt import GPT
 from keras_ext.models.gpt2 import GPT2
 from keras_ext.models.gpt2_ml import GPT2ML
 from keras_ext.models.hub import download_model
+from keras_ext.models.lora import add_lora, load_lora, merge_lora, save_lora
 from keras_ext.models.modernbert import ModernBERT
 from keras_ext.models.nezha import NEZHA
 from keras_ext.models.record import family_of
@@ -52,15 +53,19 @@ __all__ = [
     "RoFormer",
     "RoFormerV2",
     "Trunk",
+    "add_lora",
     "build_transformer_model",
     "condition_norms",
     "download_model",
     "extend_positions",
     "family_of",
     "load_checkpoint",
+    "load_lora",
+    "merge_lora",
     "pseudo_log_likelihoods",
     "rename_layers",
     "replace_attention",
+    "save_lora",
     "save_transformer_model",
     "select_blocks",
     "select_tokens",

@@ -14,6 +14,7 @@ from typing import Any
 import keras
 
 from keras_ext.layers.blocks import blocks
+from keras_ext.models.adapter import check_not_quantized
 from keras_ext.models.checkpoints import (
     CheckpointReport,
     load_weights,
@@ -167,13 +168,14 @@ def save_transformer_model(model: keras.Model, directory: str | os.PathLike) -> 
 
     Args:
         model: a model that was built here, with any heads of its family, also after surgery.
-            Weights are written in the dtype they have.
+            Weights are written in the dtype they have, adapters merged into them.
         directory: where to; made if need be.
 
     Raises:
         ImportError: `safetensors` is not installed.
         ValueError: the model has weights that no layer of the family has, or is not what the
-            family builds from its sizes, or the directory holds files that are read instead.
+            family builds from its sizes, or is quantised, or the directory holds files that
+            are read instead.
 
     Example:
         >>> bert = build_transformer_model("bert_config.json")
@@ -188,6 +190,7 @@ def save_transformer_model(model: keras.Model, directory: str | os.PathLike) -> 
             f"{directory} holds {first}, which would be read instead of what is saved now. "
             "Give another directory."
         )
+    check_not_quantized(model, "A file of Hugging Face")
     check_graph(model, sizes)
     directory.mkdir(parents=True, exist_ok=True)
     save_weights(model, directory, sizes.names["huggingface"])

@@ -32,6 +32,7 @@ import numpy as np
 
 from keras_ext import backend
 from keras_ext.layers.every import every_layer
+from keras_ext.models.adapter import check_not_quantized, check_untrained, merged_weights
 from keras_ext.models.huggingface_checkpoint import (
     FILE,
     INDEX,
@@ -229,8 +230,9 @@ def load_weights(
         tables: format ("tensorflow", "huggingface") -> its table of names.
 
     Raises:
-        ValueError: shapes differ, nothing fits, or what is tied in the model has values of its
-            own in the checkpoint; the model is unchanged then.
+        ValueError: shapes differ, nothing fits, what is tied in the model has values of its
+            own in the checkpoint, or the model is quantised or has adapters that were trained
+            on other weights; the model is unchanged then.
 
     Example:
         >>> bert = build_transformer_model("bert_config.json")
@@ -242,10 +244,12 @@ def load_weights(
             f"{checkpoint} is of the format {reader.format}, in which the weights of "
             f"{model.name!r} have no names, but only of {', '.join(tables)}."
         )
+    check_not_quantized(model, "Loading a checkpoint")
+    check_untrained(model)
     table = tables[reader.format]
     stored = _by_canonical_name(reader.shapes, table)
     plan, fresh, mismatches = [], [], []
-    for variable in model.weights:
+    for variable, _ in merged_weights(model):
         source = table.source(variable.path)
         if source is not None and source.name not in stored:
             source = table.fallback(source)
@@ -303,7 +307,8 @@ def load_weights(
 
 
 def save_weights(model: keras.Model, directory: str | os.PathLike, table: NameTable) -> None:
-    """Write the weights of a model as `model.safetensors`, each in the dtype it has.
+    """Write the weights of a model as `model.safetensors`, each in the dtype it has, with
+    adapters merged into them.
 
     Args:
         model: built model, its weights named as in the table.
@@ -318,12 +323,12 @@ def save_weights(model: keras.Model, directory: str | os.PathLike, table: NameTa
         >>> save_weights(bert, ".", BERT.names["huggingface"])
     """
     sources, unnamed = [], []
-    for variable in model.weights:
+    for variable, read in merged_weights(model):
         source = table.source(variable.path)
         if source is None:
             unnamed.append(variable.path)
         else:
-            sources.append((variable, source))
+            sources.append((read, source))
     if unnamed:
         raise ValueError(
             f"The model {model.name!r} has weights that this format has no name for: "
@@ -332,8 +337,8 @@ def save_weights(model: keras.Model, directory: str | os.PathLike, table: NameTa
         )
     tensors: dict[str, np.ndarray] = {}
     parts: dict[tuple[str, int], dict[int, np.ndarray]] = {}
-    for variable, source in sources:
-        values = keras.ops.convert_to_numpy(variable)
+    for read, source in sources:
+        values = read()
         axis = 0 if source.transposed else -1
         values = values.T if source.transposed else values
         if source.part is None:

@@ -12,10 +12,10 @@ import keras
 from keras_ext.models.checkpoints import skeleton
 from keras_ext.models.family import Family
 
-# What changes no output of a trained model, or follows from where it was built.
+# What changes no output of a trained model, follows from where it was built, or is merged.
 PASSING = {
     *("architecture", "batch_shape", "dropout", "dtype", "name", "rate", "recompute", "seed"),
-    *("shared_object_id", "trainable"),
+    *("shared_object_id", "trainable", "lora_rank", "lora_alpha"),
 }
 PASSING_KINDS = ("_initializer", "_regularizer", "_constraint")
 

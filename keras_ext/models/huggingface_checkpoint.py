@@ -50,7 +50,8 @@ class HuggingFaceCheckpoint:
     """The tensors of a Hugging Face model directory, read on demand.
 
     Args:
-        directory: holds `model.safetensors` or `model.safetensors.index.json`.
+        directory: holds the file, or `model.safetensors.index.json`.
+        file: Default: `model.safetensors`.
 
     Attributes:
         shapes: dict from tensor name to shape.
@@ -69,10 +70,11 @@ class HuggingFaceCheckpoint:
 
     format = "huggingface"
 
-    def __init__(self, directory: str | os.PathLike) -> None:
+    def __init__(self, directory: str | os.PathLike, file: str = FILE) -> None:
+        directory = Path(directory)
         self._entries = {
             name: entry
-            for path in _shards(Path(directory))
+            for path in (_shards(directory) if file == FILE else [directory / file])
             for name, entry in _read_header(path).items()
         }
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
@@ -88,13 +90,14 @@ class HuggingFaceCheckpoint:
 
 
 def write_huggingface_checkpoint(
-    directory: str | os.PathLike, tensors: Mapping[str, np.ndarray]
+    directory: str | os.PathLike, tensors: Mapping[str, np.ndarray], file: str = FILE
 ) -> None:
-    """Write `model.safetensors`: a file of that name is replaced when all is written.
+    """Write tensors to a file, which is replaced when all is written.
 
     Args:
         directory: exists.
         tensors: name -> values, of any dtype of safetensors, bfloat16 included.
+        file: Default: `model.safetensors`.
 
     Raises:
         ImportError: `safetensors` is not installed.
@@ -105,16 +108,16 @@ def write_huggingface_checkpoint(
     """
     safetensors = _import_safetensors()
     directory = Path(directory)
-    if (directory / INDEX).exists():
+    if file == FILE and (directory / INDEX).exists():
         raise ValueError(
             f"{directory} holds {INDEX}, which would be read instead of what is saved now. "
             "Give another directory."
         )
-    partial = directory / f"partial-{FILE}"
+    partial = directory / f"partial-{file}"
     try:
         # Without a format transformers refuses the file.
         safetensors.numpy.save_file(dict(tensors), partial, metadata={"format": "pt"})
-        os.replace(partial, directory / FILE)
+        os.replace(partial, directory / file)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 
 from keras_ext.layers.blocks import Side, blocks
+from keras_ext.models.adapter import adapt_like, check_not_quantized
 
 
 def blocks_of(model: keras.Model, side: Side | None = None) -> list[keras.layers.Layer]:
@@ -35,12 +36,16 @@ def rebuild(
     """The same graph on copies of all layers, except where `call(layer, *args)` gives outputs.
 
     Args:
-        copies: pairs of layers that `call` made, known once the graph is complete; the weights
-            of the first are copied to the second.
+        copies: pairs of layers that `call` made, known once the graph is complete; the second
+            gets what `carry` carries.
         inputs: what the graph starts from. Default: new inputs of the same names.
         name: of the model. Default: that of `model`.
         further: inputs that only `call` uses.
+
+    Raises:
+        ValueError: the model is quantised.
     """
+    check_not_quantized(model, "Surgery")
     if further:
         inputs = [*(inputs or [_like(x) for x in model.inputs]), *further]
     copied: list[tuple[keras.layers.Layer, keras.layers.Layer]] = []
@@ -70,8 +75,27 @@ def rebuild(
     if further:
         rebuilt = keras.Model(rebuilt.input, rebuilt.output[0], name=rebuilt.name)
     for layer, copy in (*copied, *copies):
-        copy.set_weights(layer.get_weights())
+        carry(layer, copy)
     return rebuilt
+
+
+def carry(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
+    """Give a copy of a layer its adapters, its weights, and which of them train."""
+    adapt_like(old, new)
+    new.set_weights(old.get_weights())
+    for known, weight in zip(old.weights, new.weights, strict=True):
+        weight.trainable = known.trainable
+
+
+def carry_fitting(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
+    """The same for a layer with other parts: what has the path and shape that it had."""
+    adapt_like(old, new)
+    values = {weight.path: weight for weight in old.weights}
+    for weight in new.weights:
+        known = values.get(weight.path)
+        if known is not None and known.shape == weight.shape:
+            weight.assign(known)
+            weight.trainable = known.trainable
 
 
 def _like(x: keras.KerasTensor) -> keras.KerasTensor:

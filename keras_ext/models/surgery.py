@@ -12,6 +12,8 @@ The models made here are copies: nothing done to one of them changes another. Th
 one after the other, on models of `build_transformer_model` and on functional models on their
 outputs, such as `keras.Model(bert.inputs, Dense(2)(bert.output[:, 0]))`. What `family_of` tells
 of them stays true, so that they can be saved; where no family has such a model, it says why.
+Adapters (`add_lora`) go along, and what is frozen stays so; those of a table whose rows change
+are merged into it, and start anew.
 
 Sources: kexue.fm/archives/7661 (another attention), 8739 (tokens), 7947 (positions), 7124
 (condition).
@@ -23,12 +25,12 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_ext.layers.blocks import Side
 from keras_ext.layers.norms import ConditionalLayerNormalization
 from keras_ext.layers.transformer import TransformerBlock, serialize_unbuilt
-from keras_ext.models.rebuild import blocks_of, copy_layer, rebuild
+from keras_ext.models.adapter import adapt_like, merged_weights
+from keras_ext.models.rebuild import blocks_of, carry, carry_fitting, copy_layer, rebuild
 from keras_ext.models.record import restate
 
 
@@ -89,11 +91,7 @@ def replace_attention(
 
     changed = rebuild(model, call)
     for old, new in pairs:
-        values = {weight.path: weight for weight in old.weights}
-        for weight in new.weights:
-            known = values.get(weight.path)
-            if known is not None and known.shape == weight.shape:
-                weight.assign(known)
+        carry_fitting(old, new)
     return restate(changed, model, lambda sizes: sizes.with_attention(attentions))
 
 
@@ -350,10 +348,7 @@ def condition_norms(model: keras.Model, size: int) -> keras.Model:
     if not pairs:
         raise ValueError(f"{model.name} has no LayerNormalization that could be conditioned.")
     for old, new in pairs.values():
-        values = {weight.path: weight for weight in old.weights}
-        for weight in new.weights:
-            if weight.path in values:
-                weight.assign(values[weight.path])
+        carry_fitting(old, new)
     return restate(changed, model, lambda _: "its norms depend on a condition")
 
 
@@ -381,7 +376,6 @@ def rename_layers(model: keras.Model, prefix: str) -> keras.Model:
     renamed = _changed(
         model,
         lambda layer: {"name": prefix + layer.name},
-        lambda _, value: value,
         inputs=inputs,
         name=prefix + model.name,
     )
@@ -391,14 +385,15 @@ def rename_layers(model: keras.Model, prefix: str) -> keras.Model:
 def _changed(
     model: keras.Model,
     change: Callable[[keras.layers.Layer], dict[str, Any] | None],
-    values: Callable[[keras.layers.Layer, np.ndarray], np.ndarray],
+    values: Callable[[keras.layers.Layer, np.ndarray], np.ndarray] | None = None,
     **options: Any,
 ) -> keras.Model:
     """The model with layers of another configuration, and weights made of the old ones.
 
     Args:
         change: layer -> what of its configuration changes, None for a layer that stays.
-        values: layer, its weight -> the weight of the changed layer.
+        values: layer, its weight -> the weight of the changed layer. An adapter is merged
+            into it, and another one starts. Default: the same weights.
         **options: of `rebuild`.
     """
     made: dict[str, tuple[Any, Any]] = {}
@@ -413,8 +408,14 @@ def _changed(
 
     changed = rebuild(model, call, **options)
     for old, new in made.values():
-        if isinstance(old, keras.layers.Layer):  # and not an operation
-            new.set_weights(
-                [values(old, ops.convert_to_numpy(weight)) for weight in old.weights]
-            )
+        if not isinstance(old, keras.layers.Layer):  # but an operation
+            continue
+        if values is None:
+            carry(old, new)
+            continue
+        adapt_like(old, new)
+        known = merged_weights(old)
+        for (weight, _), (start, value) in zip(merged_weights(new), known, strict=True):
+            weight.assign(values(old, value()))
+            weight.trainable = start.trainable
     return changed

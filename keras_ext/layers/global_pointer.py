@@ -28,6 +28,7 @@ import keras
 from keras import ops
 
 from keras_ext.layers.attention.positions import rotary_embedding
+from keras_ext.layers.every import dtype_config, sublayer_dtype
 
 MASKED = -16384.0
 
@@ -145,7 +146,7 @@ class GlobalPointer(keras.layers.Layer):
             use_bias=self.use_bias,
             kernel_initializer=self.kernel_initializer.clone(),
             name=name,
-            dtype=self.dtype_policy,
+            dtype=sublayer_dtype(self, name),
         )
 
     def build(self, inputs_shape: tuple) -> None:
@@ -168,6 +169,7 @@ class GlobalPointer(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
+            "dtype": dtype_config(self),
             "heads": self.heads,
             "head_size": self.head_size,
             "rope": self.rope,

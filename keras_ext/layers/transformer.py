@@ -15,6 +15,7 @@ from typing import Any
 import keras
 
 from keras_ext import backend
+from keras_ext.layers.every import dtype_config, sublayer_dtype
 from keras_ext.layers.rows import by_rows
 
 
@@ -94,7 +95,7 @@ class FeedForward(keras.layers.Layer):
             use_bias=self.use_bias,
             kernel_initializer=self.kernel_initializer.clone(),
             name=name,
-            dtype=self.dtype_policy,
+            dtype=sublayer_dtype(self, name),
         )
 
     def build(self, inputs_shape: tuple) -> None:
@@ -118,6 +119,7 @@ class FeedForward(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
+            "dtype": dtype_config(self),
             "units": self.units,
             "activation": keras.activations.serialize(self.activation),
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),

@@ -107,7 +107,7 @@ def merge_lora(model: keras.Model) -> None:
         adapter.weight.assign(adapter.merged())
         # Programs that were compiled with the adapter, of models around this one, go on to add
         # it.
-        adapter.b.assign(ops.zeros_like(adapter.b))
+        adapter.b.assign(ops.zeros(adapter.b.shape))
         layer, factors = adapter.layer, (adapter.a, adapter.b)
         layer.lora_enabled, layer.lora_rank, layer.lora_alpha = False, None, None
         for factor, side in zip(factors, "ab", strict=True):

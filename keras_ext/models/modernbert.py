@@ -57,6 +57,8 @@ class ModernBERTBlock(layers.TransformerBlock):
         super().__init__(*args, **kwargs)
         self.first = first
         if first:
+            # Keras lists the one before, too, and quantises no model with layers not built.
+            self.attention_norm.built = True
             self.attention_norm = _NoNorm(name="attention_norm")
 
     def _sublayers(

@@ -40,7 +40,7 @@ def randomize_adapters(model, seed=1):
     rng = np.random.default_rng(seed)
     for weight in model.weights:
         if "lora" in weight.name:
-            weight.assign(rng.normal(size=weight.shape) * 0.5)
+            weight.assign(rng.normal(size=weight.shape) * 0.3)
 
 
 def adapted(family, targets=("query_dense", "value_dense"), **options):

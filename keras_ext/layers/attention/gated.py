@@ -25,6 +25,7 @@ from keras_ext.layers.attention.dot_product import (
     log_scaled,
 )
 from keras_ext.layers.attention.positions import Position, given_positions
+from keras_ext.layers.every import dtype_config, sublayer_dtype
 from keras_ext.layers.rows import by_rows
 from keras_ext.layers.transformer import named_norm, norm_config, serialize_unbuilt
 
@@ -106,7 +107,7 @@ class GatedAttentionUnit(keras.layers.Layer):
             use_bias=False,
             kernel_initializer=self.kernel_initializer.clone(),
             name=name,
-            dtype=self.dtype_policy,
+            dtype=sublayer_dtype(self, name),
         )
 
     def build(self, inputs_shape: tuple) -> None:
@@ -203,6 +204,7 @@ class GatedAttentionUnit(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
+            "dtype": dtype_config(self),
             "units": self.units,
             "key_dim": self.key_dim,
             "activation": keras.activations.serialize(self.activation),

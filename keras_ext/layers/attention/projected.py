@@ -18,6 +18,7 @@ from keras import ops
 
 from keras_ext.arguments import integer
 from keras_ext.layers.attention.decoding import check_order
+from keras_ext.layers.every import dtype_config, sublayer_dtype
 from keras_ext.layers.rows import by_rows
 
 
@@ -128,7 +129,7 @@ class ProjectedAttention(keras.layers.Layer):
             **self.regularizers,
             **self.constraints,
             name=name,
-            dtype=self.dtype_policy,
+            dtype=sublayer_dtype(self, name),
         )
 
     def build(
@@ -276,6 +277,7 @@ class ProjectedAttention(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
+            "dtype": dtype_config(self),
             "num_heads": self.num_heads,
             "key_dim": self.key_dim,
             "value_dim": self.value_dim,

@@ -43,7 +43,7 @@ def add_lora(
 
     Adapters are not in `.keras` and `.weights.h5` files: Keras merges them there, so that the
     outputs are the same, and sets those of a model that loads such a file to zeros, which never
-    train. `save_lora` keeps them.
+    train. Nor does `keras.models.clone_model` copy them. `save_lora` keeps them.
 
     Args:
         model: of `build_transformer_model`, or a functional model on its outputs; changed in

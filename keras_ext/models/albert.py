@@ -28,8 +28,8 @@ from keras_ext.models.bert import (
     huggingface_names,
     tensorflow_names,
 )
-from keras_ext.models.checkpoints import NameTable
 from keras_ext.models.family import Sizes
+from keras_ext.models.names import NameTable
 
 PROJECTION = ("embedding_projection", "bert/encoder/embedding_hidden_mapping_in", DENSE)
 # Layer, its scope in a group of TensorFlow's, of Hugging Face's.

@@ -32,8 +32,8 @@ from typing import Any, ClassVar
 import keras
 
 from keras_ext import layers
-from keras_ext.models.checkpoints import NameTable
 from keras_ext.models.family import Family, Trunk
+from keras_ext.models.names import NameTable
 
 # Fields of the same configuration format with which a model would be none of those here.
 IMPLIED = {"pad_token_id": 0, "is_decoder": False, "tie_word_embeddings": True}

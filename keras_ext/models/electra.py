@@ -26,8 +26,8 @@ from keras_ext.models.bert import (
     huggingface_names,
     tensorflow_names,
 )
-from keras_ext.models.checkpoints import NameTable
 from keras_ext.models.family import ACTIVATIONS, Sizes, Trunk
+from keras_ext.models.names import NameTable
 
 TRUNK = (*EMBEDDINGS, ("embedding_projection", "bert/embeddings_project", DENSE), *BLOCKS)
 GENERATOR_HEAD = (

@@ -26,7 +26,7 @@ from keras_ext.models.bert4keras import (
     BERT4KERAS_MODELS,
     WITHOUT,
 )
-from keras_ext.models.checkpoints import NameTable
+from keras_ext.models.names import NameTable
 from keras_ext.models.rebuild import copy_layer
 
 # What `model` may be -> the sizes of such a model, and how it is built.
@@ -479,51 +479,6 @@ class Family(abc.ABC):
     def record(self) -> dict[str, Any]:
         """What `family_of` reads."""
         return {"family": self.family, "sizes": dataclasses.asdict(self)}
-
-    def with_blocks(self: Sizes, side: str, numbers: Iterable[int]) -> Sizes:
-        """The sizes with some groups of blocks of a side only.
-
-        Raises:
-            ValueError: no sizes say which blocks are the same one then.
-        """
-        new = {old: number for number, old in enumerate(numbers)}
-        return self._regrouped(side, [new[g] for g in self.group_of(side) if g in new], new)
-
-    def with_groups(self: Sizes, side: str, number: int) -> Sizes:
-        """The sizes with so many groups of blocks of a side; each has its first block.
-
-        Raises:
-            ValueError: no sizes say which blocks are the same one then.
-        """
-        groups = self.groups(side)
-        new: dict[int, int] = {}
-        for old in range(groups):
-            if old * number // groups not in new.values():
-                new[old] = old * number // groups
-        grouped = [group * number // groups for group in self.group_of(side)]
-        return self._regrouped(side, grouped, new)
-
-    def _regrouped(self: Sizes, side: str, group_of: list[int], new: dict[int, int]) -> Sizes:
-        """The sizes with the groups `group_of`, where group new[i] was i."""
-        field = self.group_field(side)
-        length = {"encoder": "num_hidden_layers", "decoder": "num_decoder_layers"}[side]
-        groups: int | None = len(set(group_of))
-        if getattr(self, field) is None and groups == len(group_of):
-            groups = None
-        others = self.attention or {}
-        attention = {k: v for k, v in others.items() if not k.startswith(f"{side}_")} | {
-            f"{side}_{number}": others[f"{side}_{old}"]
-            for old, number in new.items()
-            if f"{side}_{old}" in others
-        }
-        changes = {length: len(group_of), field: groups, **self.of_blocks(side, new)}
-        sizes = dataclasses.replace(self, attention=attention or None, **changes)
-        if sizes.group_of(side) != group_of:
-            raise ValueError(
-                f"its {side} has blocks of the groups {group_of}, where sizes mean "
-                f"{sizes.group_of(side)}"
-            )
-        return sizes
 
     def of_blocks(self, side: str, numbers: Iterable[int]) -> dict[str, Any]:
         """Fields that say how blocks differ, for these of them.

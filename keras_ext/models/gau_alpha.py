@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from keras_ext import layers
 from keras_ext.models.bert import Layers, huggingface_names, tensorflow_names
-from keras_ext.models.checkpoints import NameTable
+from keras_ext.models.names import NameTable
 from keras_ext.models.roformer_v2 import TABLES, RoFormerV2
 
 KERNEL = (("kernel", "kernel", "weight.T"),)

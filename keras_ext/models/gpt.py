@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 import keras
 
 from keras_ext.models.bert import BLOCKS, EMBEDDINGS, tensorflow_names
-from keras_ext.models.checkpoints import NameTable
 from keras_ext.models.family import Family, Sizes, Trunk
+from keras_ext.models.names import NameTable
 
 # Field -> its name in Hugging Face configurations.
 FIELDS = {

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from keras_ext.models.bert import BLOCKS, NORM
-from keras_ext.models.checkpoints import NameTable
 from keras_ext.models.gpt import FIELDS, GPT, TABLES, conversion_names, huggingface_names
+from keras_ext.models.names import NameTable
 
 # The norms come before, and that of the end has no number.
 PRE_NORM_BLOCKS = tuple(

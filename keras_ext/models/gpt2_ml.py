@@ -16,8 +16,8 @@ import keras
 
 from keras_ext.layers import TransformerBlock
 from keras_ext.models.bert import DENSE, NORM, table
-from keras_ext.models.checkpoints import NameTable
 from keras_ext.models.gpt import GPT
+from keras_ext.models.names import NameTable
 
 LAYERS = (
     ("token_embedding", "embeddings", table("word_embed")),

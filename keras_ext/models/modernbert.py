@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 import keras
 
 from keras_ext import layers
-from keras_ext.models.checkpoints import NameTable
 from keras_ext.models.family import ACTIVATIONS, Family, Sizes, Trunk
+from keras_ext.models.names import NameTable
 
 FULL, LOCAL = "full_attention", "sliding_attention"
 
@@ -295,9 +295,6 @@ class ModernBERT(Family, family="modernbert"):
             raise ValueError("its first block has a norm before the attention")
         assert self.layer_types is not None  # since `__post_init__`
         return {"layer_types": tuple(self.layer_types[i] for i in numbers)}
-
-    def with_groups(self: Sizes, side: str, number: int) -> Sizes:
-        raise ValueError("its blocks differ, but some are the same one now")
 
 
 def _every(period: int, number: int) -> tuple[str, ...]:

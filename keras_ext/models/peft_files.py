@@ -24,11 +24,11 @@ from keras import ops
 
 from keras_ext import arguments
 from keras_ext.models.adapter import Adapter, base_weight
-from keras_ext.models.checkpoints import NameTable, Source
 from keras_ext.models.huggingface_checkpoint import (
     HuggingFaceCheckpoint,
     write_huggingface_checkpoint,
 )
+from keras_ext.models.names import NameTable, Source
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -80,11 +80,11 @@ def rebuild(
 
 
 def carry(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
-    """Give a copy of a layer its adapters, its weights, and which of them train."""
+    """Give a copy of a layer its adapters, its weights, and which of them are frozen."""
     adapt_like(old, new)
     new.set_weights(old.get_weights())
     for known, weight in zip(old.weights, new.weights, strict=True):
-        weight.trainable = known.trainable
+        weight.trainable = weight.trainable and known.trainable
 
 
 def carry_fitting(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
@@ -95,7 +95,7 @@ def carry_fitting(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
         known = values.get(weight.path)
         if known is not None and known.shape == weight.shape:
             weight.assign(known)
-            weight.trainable = known.trainable
+            weight.trainable = weight.trainable and known.trainable
 
 
 def _like(x: keras.KerasTensor) -> keras.KerasTensor:

@@ -4,14 +4,15 @@ They are in the configuration of its token embedding, which stays where the grap
 apart, copied or saved. Surgery states them anew, or withdraws them with the reason.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import keras
 
 from keras_ext import layers
 from keras_ext.layers.every import every_layer
-from keras_ext.models.family import Family, known_family
+from keras_ext.models.family import Family, Sizes, known_family
 
 
 def family_of(model: keras.Model) -> Family:
@@ -70,6 +71,54 @@ def restate(
     )
     carriers[0].architecture = record
     return model
+
+
+def with_blocks(sizes: Sizes, side: str, numbers: Iterable[int]) -> Sizes:
+    """The sizes with some groups of blocks of a side only.
+
+    Raises:
+        ValueError: no sizes say which blocks are the same one then.
+    """
+    new = {old: number for number, old in enumerate(numbers)}
+    return _regrouped(sizes, side, [new[g] for g in sizes.group_of(side) if g in new], new)
+
+
+def with_groups(sizes: Sizes, side: str, number: int) -> Sizes:
+    """The sizes with so many groups of blocks of a side; each has its first block.
+
+    Raises:
+        ValueError: no sizes say which blocks are the same one then.
+    """
+    groups = sizes.groups(side)
+    new: dict[int, int] = {}
+    for old in range(groups):
+        if old * number // groups not in new.values():
+            new[old] = old * number // groups
+    grouped = [group * number // groups for group in sizes.group_of(side)]
+    return _regrouped(sizes, side, grouped, new)
+
+
+def _regrouped(sizes: Sizes, side: str, group_of: list[int], new: dict[int, int]) -> Sizes:
+    """The sizes with the groups `group_of`, where group new[i] was i."""
+    field = sizes.group_field(side)
+    length = {"encoder": "num_hidden_layers", "decoder": "num_decoder_layers"}[side]
+    groups: int | None = len(set(group_of))
+    if getattr(sizes, field) is None and groups == len(group_of):
+        groups = None
+    others = sizes.attention or {}
+    attention = {k: v for k, v in others.items() if not k.startswith(f"{side}_")} | {
+        f"{side}_{number}": others[f"{side}_{old}"]
+        for old, number in new.items()
+        if f"{side}_{old}" in others
+    }
+    changes = {length: len(group_of), field: groups, **sizes.of_blocks(side, new)}
+    changed = dataclasses.replace(sizes, attention=attention or None, **changes)
+    if changed.group_of(side) != group_of:
+        raise ValueError(
+            f"its {side} has blocks of the groups {group_of}, where sizes mean "
+            f"{changed.group_of(side)}"
+        )
+    return changed
 
 
 def _carriers(model: keras.Model) -> list[layers.TokenEmbedding]:

@@ -21,7 +21,7 @@ from keras_ext.models.bert import (
     huggingface_names,
     tensorflow_names,
 )
-from keras_ext.models.checkpoints import NameTable
+from keras_ext.models.names import NameTable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

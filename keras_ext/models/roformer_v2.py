@@ -25,8 +25,8 @@ from keras_ext.models.bert import (
     huggingface_names,
     tensorflow_names,
 )
-from keras_ext.models.checkpoints import NameTable
 from keras_ext.models.family import Trunk
+from keras_ext.models.names import NameTable
 
 TABLES = tuple(row for row in EMBEDDINGS if row[0] in ("token_embedding", "segment_embedding"))
 # The kernels are all that blocks have.

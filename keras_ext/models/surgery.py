@@ -31,7 +31,7 @@ from keras_ext.layers.norms import ConditionalLayerNormalization
 from keras_ext.layers.transformer import TransformerBlock, serialize_unbuilt
 from keras_ext.models.adapter import adapt_like, merged_weights
 from keras_ext.models.rebuild import blocks_of, carry, carry_fitting, copy_layer, rebuild
-from keras_ext.models.record import restate
+from keras_ext.models.record import restate, with_blocks, with_groups
 
 
 def replace_attention(
@@ -201,7 +201,7 @@ def select_blocks(
 
     copies = [(block, made[block.name]) for block in found if block.name in made]
     changed = rebuild(model, call, copies)
-    return restate(changed, model, lambda sizes: sizes.with_blocks(side, numbers))
+    return restate(changed, model, lambda sizes: with_blocks(sizes, side, numbers))
 
 
 def share_blocks(
@@ -245,7 +245,7 @@ def share_blocks(
         return made[group_of[layer.name]](*args, **kwargs)
 
     changed = rebuild(model, call, [(firsts[g], made[g]) for g in made])
-    return restate(changed, model, lambda sizes: sizes.with_groups(side, num_groups))
+    return restate(changed, model, lambda sizes: with_groups(sizes, side, num_groups))
 
 
 def extend_positions(model: keras.Model, max_length: int, alpha: float = 0.4) -> keras.Model:

@@ -25,8 +25,8 @@ from keras import ops
 
 from keras_ext import layers
 from keras_ext.models.bert import BLOCKS, EMBEDDINGS, NORM, huggingface_names
-from keras_ext.models.checkpoints import NameTable
 from keras_ext.models.family import Family, Trunk
+from keras_ext.models.names import NameTable
 
 BATCH_SIZE = 32
 

@@ -31,7 +31,7 @@ from keras import ops
 from keras_ext.layers.every import every_layer
 from keras_ext.layers.theseus import ReplacementRate, TheseusModule
 from keras_ext.models.rebuild import blocks_of, copy_layer, rebuild
-from keras_ext.models.record import restate
+from keras_ext.models.record import restate, with_blocks
 from keras_ext.training.objective_model import ObjectiveMixin
 
 IN_TRAINING = "its blocks are TheseusModules: take extract_successor"
@@ -180,7 +180,7 @@ def extract_successor(model: keras.Model) -> keras.Model:
         layer.trainable = True
     numbers = range(sum(isinstance(layer, TheseusModule) for layer in model.layers))
     return restate(
-        successor, model, lambda sizes: sizes.with_blocks("encoder", numbers), IN_TRAINING
+        successor, model, lambda sizes: with_blocks(sizes, "encoder", numbers), IN_TRAINING
     )
 
 

@@ -253,7 +253,7 @@ def test_surgery_that_leaves_the_family(tmp_path):
     of_groups = share_blocks(six, 4)  # blocks of the groups 0, 0, 1, 2, 2, 3
     for model, reason in (
         (select_blocks(modern, [1, 2]), "its first block has a norm before the attention"),
-        (share_blocks(modern), "its blocks differ, but some are the same one now"),
+        (share_blocks(modern), "num_hidden_groups must be None for ModernBERT, whose blocks"),
         (select_blocks(of_groups, [1, 2]), r"groups \[0, 1, 1\], where sizes mean \[0, 0, 1\]"),
     ):
         with pytest.raises(ValueError, match=reason):

@@ -32,8 +32,11 @@ from keras_ext.models.huggingface_checkpoint import (
 )
 from keras_ext.models.names import BLOCK, NameTable, Source
 from keras_ext.models.tensorflow_checkpoint import TensorFlowCheckpoint
+from keras_ext.models.torch_checkpoint import SUFFIXES, TORCH_FILE, TORCH_INDEX, TorchCheckpoint
 
 logger = logging.getLogger("keras_ext")
+
+Checkpoint = TensorFlowCheckpoint | HuggingFaceCheckpoint | TorchCheckpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +66,16 @@ class CheckpointReport:
         return "\n".join(lines)
 
 
-def open_checkpoint(path: str | os.PathLike) -> TensorFlowCheckpoint | HuggingFaceCheckpoint:
-    """The reader for a TensorFlow prefix or directory, or a Hugging Face directory.
+def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """The reader for a TensorFlow prefix, a file of safetensors or of PyTorch, or a directory.
 
-    A directory with safetensors is read as Hugging Face's, one with a single `*.index` file as
-    TensorFlow's.
+    Of a directory safetensors are preferred, then `pytorch_model.bin`, then a single `*.index`
+    file of TensorFlow. Nothing that a file holds is run.
 
     Raises:
         FileNotFoundError: nothing readable is there.
-        ValueError: the directory holds only a pickled checkpoint, or several to choose from.
+        ValueError: the directory holds several checkpoints to choose from, or the file is of
+            another format.
 
     Example:
         >>> checkpoint = open_checkpoint("chinese_L-12_H-768_A-12/bert_model.ckpt")
@@ -79,23 +83,32 @@ def open_checkpoint(path: str | os.PathLike) -> TensorFlowCheckpoint | HuggingFa
         (768,)
     """
     path = Path(path)
+    if path.is_file() and path.suffix == Path(FILE).suffix:
+        return HuggingFaceCheckpoint(path)
+    if path.is_file() and path.suffix in SUFFIXES:
+        return TorchCheckpoint(path)
+    if path.is_file() and path.suffix in (".h5", ".hdf5", ".keras", ".msgpack", ".npz"):
+        raise ValueError(
+            f"{path} is in a format that is not read. Give safetensors, pytorch_model.bin or a "
+            "TensorFlow checkpoint of the model; what Keras saved, keras.models.load_model or "
+            "model.load_weights reads."
+        )
     if not path.is_dir():
         return TensorFlowCheckpoint(path)
     if (path / FILE).is_file() or (path / INDEX).is_file():
         return HuggingFaceCheckpoint(path)
+    if (path / TORCH_FILE).is_file() or (path / TORCH_INDEX).is_file():
+        return TorchCheckpoint(path)
     prefixes = [index.with_suffix("") for index in sorted(path.glob("*.index"))]
     if len(prefixes) == 1:
         return TensorFlowCheckpoint(prefixes[0])
     if prefixes:
         names = ", ".join(prefix.name for prefix in prefixes)
         raise ValueError(f"{path} holds several checkpoints ({names}). Give the path of one.")
-    if any(path.glob("pytorch_model*.bin")):
-        raise ValueError(
-            f"{path} holds only a pickled checkpoint, which can run any code when it is read. "
-            "Convert it where you trust it: transformers.AutoModelForPreTraining"
-            f".from_pretrained({str(path)!r}).save_pretrained(directory) writes {FILE}."
-        )
-    raise FileNotFoundError(f"{path} holds neither {FILE}, nor {INDEX}, nor a file *.index.")
+    raise FileNotFoundError(
+        f"{path} holds neither {FILE}, nor {TORCH_FILE}, nor an index of their shards, nor a "
+        "file *.index."
+    )
 
 
 def load_weights(
@@ -105,7 +118,7 @@ def load_weights(
 
     Args:
         model: built model, its weights named as in the tables.
-        checkpoint: TensorFlow prefix or directory, or Hugging Face directory.
+        checkpoint: TensorFlow prefix, file or directory, as `open_checkpoint` takes it.
         tables: format ("tensorflow", "huggingface") -> its table of names.
 
     Raises:
@@ -248,7 +261,7 @@ def _lost(model: keras.Model, table: NameTable, ignored: Mapping[str, str]) -> l
 
 def _ties(
     model: keras.Model,
-    reader: TensorFlowCheckpoint | HuggingFaceCheckpoint,
+    reader: Checkpoint,
     table: NameTable,
     stored: Mapping[str, str],
     ignored: Mapping[str, str],
@@ -302,7 +315,7 @@ def _by_canonical_name(names: Iterable[str], table: NameTable) -> dict[str, str]
 
 
 def _read(
-    reader: TensorFlowCheckpoint | HuggingFaceCheckpoint,
+    reader: Checkpoint,
     name: str,
     source: Source,
     shape: tuple[int, ...],

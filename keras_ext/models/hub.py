@@ -1,7 +1,8 @@
 """Models of huggingface.co, or of the mirror that `HF_ENDPOINT` names.
 
-Only configurations, vocabularies and safetensors are fetched: no code, nothing pickled. Files
-are kept by `huggingface_hub`, which fetches them once, and goes on after an interruption.
+Only configurations, vocabularies and weights are fetched, and no code: safetensors, or where a
+repository has none, `pytorch_model.bin`, of which nothing is run. Files are kept by
+`huggingface_hub`, which fetches them once, and goes on after an interruption.
 """
 
 import os
@@ -9,7 +10,11 @@ import re
 from pathlib import Path
 from typing import TypeGuard
 
+from keras_ext.models.huggingface_checkpoint import FILE, INDEX
+from keras_ext.models.torch_checkpoint import TORCH_FILE, TORCH_INDEX
+
 FILES = ["config.json", "bert_config.json", "tokenizer*.json", "vocab.txt", "*.safetensors*"]
+TORCH_FILES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
 # Names without an owner that huggingface.co keeps for models that had them before owners did.
 NAMES = {
     **{f"bert-base-{x}": f"google-bert/bert-base-{x}" for x in ("chinese", "cased", "uncased")},
@@ -33,7 +38,8 @@ def download_model(repository: str) -> Path:
 
     Raises:
         ImportError: `huggingface_hub` is not installed.
-        ValueError: that is no id, or the repository has no safetensors.
+        ValueError: that is no id, or the repository has neither safetensors nor
+            `pytorch_model.bin`.
         OSError: there is no such repository, or it cannot be reached.
 
     Example, which needs the network:
@@ -56,29 +62,33 @@ def download_model(repository: str) -> Path:
         ) from error
     endpoint = os.environ.get("HF_ENDPOINT", ADDRESS)
     try:
-        path = huggingface_hub.snapshot_download(
-            repository, allow_patterns=FILES, endpoint=endpoint
-        )
+        for patterns, names in (
+            (FILES, (FILE, INDEX)),
+            (TORCH_FILES, (TORCH_FILE, TORCH_INDEX)),
+        ):
+            directory = Path(
+                huggingface_hub.snapshot_download(
+                    repository, allow_patterns=patterns, endpoint=endpoint
+                )
+            )
+            if any((directory / name).is_file() for name in names):
+                return directory
     except Exception as error:  # its kinds differ between versions of huggingface_hub
         raise OSError(
             f"{repository} cannot be fetched from {endpoint} ({type(error).__name__}: "
             f"{error}). Check the id and the connection, set HF_ENDPOINT to a mirror, or give "
             "a directory with its files."
         ) from error
-    directory = Path(path)
-    if not any(directory.glob("*.safetensors")):
-        raise ValueError(
-            f"{repository} has no safetensors, and what is pickled can run any code when it is "
-            "read. Convert it where you trust it, with transformers: "
-            f"AutoModelForPreTraining.from_pretrained({repository!r}).save_pretrained(directory)"
-        )
-    return directory
+    raise ValueError(
+        f"{repository} has neither {FILE} nor {TORCH_FILE}. Give a directory with the files of "
+        "a TensorFlow checkpoint, or convert the model with transformers."
+    )
 
 
 def is_repository(name: str | os.PathLike) -> TypeGuard[str]:
     """Whether this can only mean a repository: owner/model, and neither is a local path, or a
-    name that is no local path."""
-    if not isinstance(name, str) or Path(name).exists():
+    name that is no local path; a name in `.json` is that of a file."""
+    if not isinstance(name, str) or Path(name).exists() or name.endswith(".json"):
         return False
     return name in NAMES or (
         REPOSITORY.fullmatch(name) is not None and not Path(name).parent.exists()

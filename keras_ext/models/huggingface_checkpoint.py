@@ -4,8 +4,7 @@ A file is 8 bytes, the size of the header; the header, JSON of name -> dtype, sh
 the values, little-endian. safetensors checks all of that. The values are mapped here, a tensor
 at a time: safetensors copies them, and keeps what it mapped until it closes the file.
 
-Source: huggingface.co/docs/safetensors. Pickled checkpoints are never read: unpickling runs
-whatever code the file holds.
+Source: huggingface.co/docs/safetensors.
 """
 
 import json
@@ -47,11 +46,11 @@ class Entry(NamedTuple):
 
 
 class HuggingFaceCheckpoint:
-    """The tensors of a Hugging Face model directory, read on demand.
+    """The tensors of a Hugging Face model, read on demand.
 
     Args:
-        directory: holds the file, or `model.safetensors.index.json`.
-        file: Default: `model.safetensors`.
+        path: a file of safetensors, or a directory that holds `model.safetensors` or
+            `model.safetensors.index.json`.
 
     Attributes:
         shapes: dict from tensor name to shape.
@@ -70,12 +69,11 @@ class HuggingFaceCheckpoint:
 
     format = "huggingface"
 
-    def __init__(self, directory: str | os.PathLike, file: str = FILE) -> None:
-        directory = Path(directory)
+    def __init__(self, path: str | os.PathLike) -> None:
         self._entries = {
             name: entry
-            for path in (_shards(directory) if file == FILE else [directory / file])
-            for name, entry in _read_header(path).items()
+            for file in shards(Path(path), FILE, INDEX)
+            for name, entry in _read_header(file).items()
         }
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
@@ -151,12 +149,26 @@ def _read_header(path: Path) -> dict[str, Entry]:
     }
 
 
-def _shards(directory: Path) -> list[Path]:
-    index = directory / INDEX
+def shards(path: Path, file: str, index_file: str) -> list[Path]:
+    """The files of a checkpoint: the path, if it is one, or those in the directory.
+
+    Args:
+        path: a file or a directory.
+        file: name of the only one in the directory.
+        index_file: name of the index of several, which is preferred.
+
+    Raises:
+        FileNotFoundError: the index refers to a file that is absent.
+        ValueError: the index is damaged.
+    """
+    index = path / index_file
     if not index.is_file():
-        return [directory / FILE]
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    paths = [directory / name for name in sorted(set(names))]
+        return [path / file if path.is_dir() else path]
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        paths = [path / name for name in sorted(set(names))]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged ({type(error).__name__}: {error}).") from error
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is absent, but {index} refers to it.")

@@ -17,6 +17,7 @@ Source: tensorflow/core/protobuf/tensor_bundle.proto; github.com/google/leveldb 
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,10 @@ import numpy as np
 
 MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
 FOOTER_SIZE = 48
+SUFFIX = re.compile(r"\.(index|meta|data-\d{5}-of-\d{5})$")
+
+OBJECT = "/.ATTRIBUTES/VARIABLE_VALUE"
+EARLY_ALBERT = ("bert/embeddings/word_embeddings_2", "bert/encoder/layer_shared/")
 
 # The numbers of tensorflow/core/framework/types.proto.
 DTYPES = {
@@ -60,7 +65,7 @@ class TensorFlowCheckpoint:
     """The variables of a TensorFlow checkpoint, read on demand.
 
     Args:
-        prefix: the path without `.index`, such as "chinese_L-12_H-768_A-12/bert_model.ckpt".
+        prefix: such as "chinese_L-12_H-768_A-12/bert_model.ckpt", or one of its files.
 
     Attributes:
         shapes: dict from variable name to shape.
@@ -68,7 +73,7 @@ class TensorFlowCheckpoint:
     Raises:
         FileNotFoundError: the index or a data file is absent.
         ValueError: a file is damaged, truncated, compressed or big-endian, or a variable is
-            stored in parts.
+            stored in parts; or the checkpoint is of objects, or of the first albert_zh.
 
     Example:
         >>> checkpoint = TensorFlowCheckpoint("bert_model.ckpt")
@@ -80,7 +85,7 @@ class TensorFlowCheckpoint:
     format = "tensorflow"
 
     def __init__(self, prefix: str | os.PathLike) -> None:
-        self.prefix = os.fspath(prefix)
+        self.prefix = SUFFIX.sub("", os.fspath(prefix))
         self._index = Path(f"{self.prefix}.index")
         if not self._index.is_file():
             raise FileNotFoundError(
@@ -98,6 +103,7 @@ class TensorFlowCheckpoint:
                     "Save it again without a partitioner."
                 )
         self._entries = {name.decode(): entry for name, entry in entries.items()}
+        self._refuse_others()
         self._shards = [self._find_shard(i, header[1]) for i in range(header[1])]
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
@@ -111,6 +117,22 @@ class TensorFlowCheckpoint:
             return np.empty(entry.shape, dtype)
         values = np.memmap(shard, np.uint8, "r", entry.offset, (entry.size,))
         return values.view(dtype).reshape(entry.shape)
+
+    def _refuse_others(self) -> None:
+        """Refuse what could be read, but has the names of no model of ours."""
+        if any(name.endswith(OBJECT) for name in self._entries):
+            raise ValueError(
+                f"{self.prefix} is a checkpoint of Python objects (of tf.train.Checkpoint or "
+                "model.save_weights), which names variables by the attributes that held them. "
+                "Load it with the program that wrote it, and save the model's variables by "
+                "tf.compat.v1.train.Saver, or as a Hugging Face model."
+            )
+        if any(name.startswith(EARLY_ALBERT) for name in self._entries):
+            raise ValueError(
+                f"{self.prefix} is of the first albert_zh, which is not the ALBERT of Google, "
+                "neither its layers nor their names. Take the files that its authors name "
+                "albert_*_google."
+            )
 
     def _find_shard(self, shard: int, count: int) -> Path:
         path = Path(f"{self.prefix}.data-{shard:05}-of-{count:05}")

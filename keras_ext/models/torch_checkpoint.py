@@ -223,15 +223,19 @@ def _place(path: Path, file: IO[bytes], entry: zipfile.ZipInfo) -> Place:
     """Where the contents of an entry lie: after a header, a name and padding."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
         raise Refused("it is compressed or encrypted; load and save it with torch")
+    end = path.stat().st_size
+    if not 0 <= entry.header_offset < end:
+        raise Damaged("an entry is outside of the file")
     file.seek(entry.header_offset)
     header = file.read(LOCAL_HEADER)
     if len(header) != LOCAL_HEADER or not header.startswith(b"PK\x03\x04"):
         raise Damaged("an entry has no header")
     name, extra = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
-    if file.read(name) != entry.filename.encode():
+    encoding = "utf-8" if entry.flag_bits & 0x800 else "cp437"  # as zipfile has read it
+    if file.read(name) != entry.orig_filename.encode(encoding):
         raise Damaged("an entry has two names")
     offset = entry.header_offset + LOCAL_HEADER + name + extra
-    if offset + entry.file_size > path.stat().st_size:
+    if offset + entry.file_size > end:
         raise Damaged("an entry is longer than the file")
     return Place(path, offset, entry.file_size, entry.CRC)
 

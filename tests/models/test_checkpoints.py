@@ -229,7 +229,8 @@ def test_directories(tmp_path):
 
 def test_absent_checkpoints(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"holds neither model\.safetensors, nor .*\.index"
+        FileNotFoundError,
+        match=r"neither model\.safetensors, nor pytorch_model\.bin, nor .* \*\.index",
     ):
         open_checkpoint(tmp_path)
     with pytest.raises(
@@ -238,7 +239,12 @@ def test_absent_checkpoints(tmp_path):
         open_checkpoint(tmp_path / "nothing")
 
 
-def test_pickles_are_not_read(tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
-    with pytest.raises(ValueError, match=r"only a pickled checkpoint.*save_pretrained"):
-        open_checkpoint(tmp_path)
+def test_files_by_their_names(tmp_path):
+    _, variables = stored("huggingface")
+    write_huggingface(tmp_path, variables)
+    checkpoint = open_checkpoint(tmp_path / "model.safetensors")
+    assert checkpoint.shapes.keys() == variables.keys()
+    for name in ("tf_model.h5", "model.keras"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(ValueError, match=f"{name} is in a format that is not read"):
+            open_checkpoint(tmp_path / name)

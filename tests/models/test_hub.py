@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from keras import ops
 from models.small_bert import SIZES
+from models.torch_file import write_torch
 
 from keras_ext.models import (
     build_transformer_model,
@@ -17,10 +18,10 @@ from keras_ext.models import (
     load_checkpoint,
     save_transformer_model,
 )
-from keras_ext.models.hub import FILES, NAMES, is_repository
+from keras_ext.models.hub import FILES, NAMES, TORCH_FILES, is_repository
 
 constants = pytest.importorskip("huggingface_hub.constants")
-pytest.importorskip("safetensors")
+load_file = pytest.importorskip("safetensors.numpy").load_file
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -96,12 +97,29 @@ def test_a_repository_is_a_model(server):
     assert not report.ignored
     directory = download_model("owner/model")
     names = sorted(path.name for path in directory.iterdir())
-    assert names == ["config.json", "model.safetensors", "vocab.txt"]  # no pickle, no code
+    assert names == ["config.json", "model.safetensors", "vocab.txt"]  # once, and no code
     other = build_transformer_model(directory, None)
     load_checkpoint(other, "owner/model")
     for one, two in zip(model.weights, other.weights, strict=True):
         np.testing.assert_array_equal(*map(ops.convert_to_numpy, (one, two)))
     assert not any(path.endswith((".bin", ".py")) for path in server.seen)
+
+
+def test_pytorch_files_where_there_are_no_others(server, tmp_path, monkeypatch):
+    model = build_transformer_model("owner/model")
+    tensors = load_file(tmp_path / "files" / "model.safetensors")
+    del server.files["model.safetensors"]
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another"))
+    write_torch(tmp_path / "pytorch_model.bin", tensors)
+    server.files["pytorch_model.bin"] = (tmp_path / "pytorch_model.bin").read_bytes()
+    other = build_transformer_model("owner/model")
+    assert not other.checkpoint_report.fresh
+    for one, two in zip(model.weights, other.weights, strict=True):
+        np.testing.assert_array_equal(*map(ops.convert_to_numpy, (one, two)))
+    names = sorted(path.name for path in download_model("owner/model").iterdir())
+    assert names == ["config.json", "pytorch_model.bin", "vocab.txt"]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert len(list(download_model("owner/model").iterdir())) == 3
 
 
 def test_a_known_name_is_a_repository(server, monkeypatch):
@@ -124,8 +142,8 @@ def test_what_cannot_be_fetched(server, monkeypatch):
         OSError, match=r"owner/other cannot be fetched from http://127\.0\.0\.1"
     ):
         build_transformer_model("owner/other")
-    del server.files["model.safetensors"]
-    with pytest.raises(ValueError, match="owner/model has no safetensors"):
+    del server.files["model.safetensors"], server.files["pytorch_model.bin"]
+    with pytest.raises(ValueError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
         build_transformer_model("owner/model")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "elsewhere")
@@ -144,8 +162,9 @@ def test_paths_are_no_repositories(tmp_path, monkeypatch):
     for name in ("model", "folder", "folder/bert_model.ckpt", "/a/b", "a/b/c", "../x", ""):
         assert not is_repository(name)
     assert not is_repository(tmp_path)
+    assert not is_repository("absent/bert_config.json")
     with pytest.raises(FileNotFoundError, match="neither a file nor a directory"):
-        build_transformer_model("folder/absent.json")
+        build_transformer_model("absent/config.json")
 
 
 def test_only_what_is_read_is_fetched():
@@ -155,5 +174,14 @@ def test_only_what_is_read_is_fetched():
         "tokenizer.json",
     ]
     assert all(any(fnmatch(name, pattern) for pattern in FILES) for name in names)
-    for name in ("pytorch_model.bin", "modeling.py", "tf_model.h5", "flax_model.msgpack"):
+    torch_names = [
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "pytorch_model-00001-of-00002.bin",
+    ]
+    assert all(any(fnmatch(name, pattern) for pattern in TORCH_FILES) for name in torch_names)
+    others = ["modeling.py", "tf_model.h5", "flax_model.msgpack", "optimizer.bin"]
+    for name in (*torch_names, *others):
         assert not any(fnmatch(name, pattern) for pattern in FILES)
+    for name in (*names, *others):
+        assert not any(fnmatch(name, pattern) for pattern in TORCH_FILES)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from bundle import write_bundle
 
+from keras_ext.models.checkpoints import open_checkpoint
 from keras_ext.models.tensorflow_checkpoint import TensorFlowCheckpoint
 
 RNG = np.random.default_rng(0)
@@ -85,13 +86,39 @@ def test_tensorflow_reads_our_test_checkpoint(prefix):
 
 def test_strings_are_listed_but_not_read(tmp_path):
     tf = pytest.importorskip("tensorflow")
-    checkpoint = tf.train.Checkpoint(w=tf.Variable([1.0, 2.0]))
-    reader = TensorFlowCheckpoint(checkpoint.write(str(tmp_path / "object")))
-    np.testing.assert_array_equal(reader.read("w/.ATTRIBUTES/VARIABLE_VALUE"), [1, 2])
-    with pytest.raises(
-        ValueError, match=r"_CHECKPOINTABLE_OBJECT_GRAPH of .* no numeric dtype \(7\)"
-    ):
-        reader.read("_CHECKPOINTABLE_OBJECT_GRAPH")
+    tf.raw_ops.SaveV2(
+        prefix=str(tmp_path / "model.ckpt"),
+        tensor_names=["text", "w"],
+        shape_and_slices=["", ""],
+        tensors=[tf.constant("a"), tf.constant([1.0, 2.0])],
+    )
+    reader = TensorFlowCheckpoint(tmp_path / "model.ckpt")
+    np.testing.assert_array_equal(reader.read("w"), [1, 2])
+    with pytest.raises(ValueError, match=r"text of .* no numeric dtype \(7\)"):
+        reader.read("text")
+
+
+def test_checkpoints_of_objects_are_refused(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    prefix = tf.train.Checkpoint(w=tf.Variable([1.0, 2.0])).write(str(tmp_path / "object"))
+    with pytest.raises(ValueError, match=r"object is a checkpoint of Python objects .*Saver"):
+        TensorFlowCheckpoint(prefix)
+
+
+@pytest.mark.parametrize(
+    "name", ["embeddings/word_embeddings_2", "encoder/layer_shared/attention/self/query/bias"]
+)
+def test_the_first_albert_zh_is_refused(name, tmp_path):
+    write_bundle(tmp_path / "model.ckpt", {f"bert/{name}": np.zeros(3, "float32")})
+    with pytest.raises(ValueError, match=r"first albert_zh.*albert_\*_google"):
+        TensorFlowCheckpoint(tmp_path / "model.ckpt")
+
+
+@pytest.mark.parametrize("suffix", [".index", ".meta", ".data-00000-of-00001"])
+def test_any_of_the_files_means_the_prefix(suffix, prefix):
+    checkpoint = open_checkpoint(f"{prefix}{suffix}")
+    assert checkpoint.prefix == str(prefix)
+    assert_holds(checkpoint, VARIABLES)
 
 
 def test_partitioned_variables_are_refused(tmp_path):

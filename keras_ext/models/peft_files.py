@@ -121,7 +121,7 @@ def read_adapters(
     rank = arguments.integer("r", config.get("r"))
     alpha = arguments.number("lora_alpha", config.get("lora_alpha"), "(0, inf)")
     places = _places(layers, table)
-    checkpoint = HuggingFaceCheckpoint(directory, WEIGHTS)
+    checkpoint = HuggingFaceCheckpoint(directory / WEIGHTS)
     names = _modules(checkpoint, places)
     found = {}
     for name in names:

@@ -40,7 +40,7 @@ from keras_ext.layers.norms import ConditionalLayerNormalization, RMSNorm
 from keras_ext.layers.other_tokens import OtherTokens
 from keras_ext.layers.segment_mask import PrefixMask
 from keras_ext.layers.theseus import TheseusModule
-from keras_ext.layers.transformer import FeedForward, TransformerBlock, gelu_tanh
+from keras_ext.layers.transformer import FeedForward, TransformerBlock, gelu_erf, gelu_tanh
 from keras_ext.layers.with_mask import WithMask
 
 __all__ = [
@@ -80,6 +80,7 @@ __all__ = [
     "crf_negative_log_likelihood",
     "crf_path_score",
     "dot_product_attention",
+    "gelu_erf",
     "gelu_tanh",
     "gradient_only",
     "hwfa_layers",

@@ -1,12 +1,15 @@
 """Apply a layer to all tokens of all texts as to the rows of one matrix."""
 
+import math
 from typing import Any
 
 import keras
 from keras import ops
 
 
-def by_rows(layer: keras.layers.Layer, x: Any) -> Any:
+def by_rows(
+    layer: keras.layers.Layer, x: Any, joined: int = 1, split: tuple[int, ...] | None = None
+) -> Any:
     """`layer(x)` of a layer that treats all but the last axis alike, such as a Dense.
 
     JAX makes the gradient of a kernel from a tensor of three axes with a transposition that
@@ -15,15 +18,22 @@ def by_rows(layer: keras.layers.Layer, x: Any) -> Any:
     axis, gets the tensor as it is.
 
     Args:
-        x: (..., width).
+        x: (..., width), or (..., heads, size).
+        joined: number of last axes of `x` that are one to the layer. Default: 1.
+        split: sizes of the axes that the units become. Default: they stay one.
 
-    Returns: (..., units).
+    Returns: (..., units), or (..., *split).
 
     Example:
-        >>> by_rows(keras.layers.Dense(3), keras.ops.ones((4, 5, 2))).shape == (4, 5, 3)
+        >>> x = keras.ops.ones((4, 5, 2))
+        >>> by_rows(keras.layers.Dense(3), x).shape == (4, 5, 3)
+        True
+        >>> by_rows(keras.layers.Dense(6), x, split=(3, 2)).shape == (4, 5, 3, 2)
         True
     """
-    if layer.activity_regularizer is not None:
-        return layer(x)
-    y = layer(ops.reshape(x, (-1, x.shape[-1])))
-    return ops.reshape(y, (*ops.shape(x)[:-1], y.shape[-1]))
+    # Each side is reshaped once: of two reshapes in a row tf2onnx drops the first and gives
+    # whoever asks for its shape another one.
+    leading, width = ops.shape(x)[:-joined], math.prod(x.shape[-joined:])
+    as_it_is = layer.activity_regularizer is not None
+    y = layer(ops.reshape(x, (*(leading if as_it_is else (-1,)), width)))
+    return ops.reshape(y, (*leading, *(split or (y.shape[-1],))))

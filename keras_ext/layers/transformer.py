@@ -13,6 +13,7 @@ Source: Vaswani et al. 2017, arXiv 1706.03762; kexue.fm/archives/8620, 9009 (pre
 from typing import Any
 
 import keras
+from keras import ops
 
 from keras_ext import backend
 from keras_ext.layers.every import dtype_config, sublayer_dtype
@@ -34,6 +35,27 @@ def gelu_tanh(x: Any) -> Any:
 
 
 @keras.saving.register_keras_serializable(package="keras_ext")
+def gelu_erf(x: Any) -> Any:
+    """The exact GELU, as an operation that ONNX has too.
+
+        x/2 · (1 + erf(x/√2))
+
+    On TensorFlow Keras takes erfc for it, from which tf2onnx makes a file that nothing runs.
+    Below float32, where 1 + erf loses digits and no ONNX is written, it is Keras's.
+
+    Example:
+        >>> layer = keras.layers.Dense(8, activation=gelu_erf)
+
+    Source: Hendrycks & Gimpel 2016, arXiv 1606.08415.
+    """
+    x = ops.convert_to_tensor(x)
+    single = keras.backend.standardize_dtype(x.dtype) == "float32"
+    if keras.backend.backend() != "tensorflow" or not single:
+        return keras.activations.gelu(x, approximate=False)
+    return x / 2 * (1 + ops.erf(x * 2**-0.5))
+
+
+@keras.saving.register_keras_serializable(package="keras_ext")
 class FeedForward(keras.layers.Layer):
     """Two dense layers at every position; the output has the width of the input.
 
@@ -44,7 +66,7 @@ class FeedForward(keras.layers.Layer):
 
     Args:
         units: width between the two layers.
-        activation: of the first layer. Default: "gelu" (exact, by erf).
+        activation: of the first layer. Default: `gelu_erf`.
         kernel_initializer: of all layers. Default: "glorot_uniform".
         output_initializer: of W₂ instead. Default: `kernel_initializer`.
         use_bias: of all layers. Default: True.
@@ -64,7 +86,7 @@ class FeedForward(keras.layers.Layer):
     def __init__(
         self,
         units: int,
-        activation: Any = "gelu",
+        activation: Any = gelu_erf,
         kernel_initializer: Any = "glorot_uniform",
         use_bias: bool = True,
         gated: bool = False,

@@ -37,7 +37,7 @@ RARE = ("num_hidden_groups", "attention", "custom_position_ids", "gated")
 OURS = "keras_ext_"  # before the `model_type` of what transformers would build as another model
 
 ACTIVATIONS = {
-    "gelu": keras.activations.gelu,  # exact, by erf
+    "gelu": layers.gelu_erf,
     "gelu_new": layers.gelu_tanh,
     "gelu_pytorch_tanh": layers.gelu_tanh,
     "relu": keras.activations.relu,

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import keras
 from keras import ops
 
 from keras_ext.layers.attention.positions import Position
@@ -63,11 +64,14 @@ def dot_product_attention(
     same_size = query.shape[-1] == value.shape[-1]  # as JAX wants them
     plain = same_size and dropout is None and bias is None and position.only_encodes
     if plain and not return_scores:
+        seen = mask
+        if causal and keras.backend.backend() == "tensorflow":  # LiteRT cannot run `is_causal`
+            seen, causal = ops.expand_dims(order, (0, 1)), False
         outputs = ops.dot_product_attention(
             query,
             key,
             value,
-            mask=mask,
+            mask=seen,
             scale=scale,
             is_causal=causal,
             flash_attention=flash_attention,
@@ -125,7 +129,7 @@ def of_rank_4(name: str, pattern: Any) -> Any:
             f"sources), got {tuple(pattern.shape)}. One for all texts: {name}[None]. "
             "Padding is a Keras mask, or of the shape (batch, 1, sources)."
         )
-    return pattern[:, None] if rank == 3 else pattern
+    return ops.expand_dims(pattern, 1) if rank == 3 else pattern
 
 
 def join_masks(source_mask: Any, *attention_masks: Any) -> Any:
@@ -133,5 +137,5 @@ def join_masks(source_mask: Any, *attention_masks: Any) -> Any:
     given = [ops.cast(m, "bool") for m in attention_masks if m is not None]
     masks = [of_rank_4("attention_mask", m) for m in given]
     if source_mask is not None:
-        masks.append(ops.cast(source_mask, "bool")[:, None, None, :])
+        masks.append(ops.expand_dims(ops.cast(source_mask, "bool"), (1, 2)))
     return functools.reduce(ops.logical_and, masks) if masks else None

@@ -91,7 +91,7 @@ def _heads_first(x: Any) -> Any:
 
 def _without_padding(key: Any, value: Any, mask: Any) -> tuple[Any, Any]:
     """Zeros where the mask (batch, length) is False; they may be anything there."""
-    mask = ops.cast(mask, "bool")[:, None, :, None]
+    mask = ops.expand_dims(ops.cast(mask, "bool"), (1, 3))
     key = ops.where(mask, key, ops.zeros_like(key))
     return key, ops.where(mask, value, ops.zeros_like(value))
 
@@ -108,7 +108,7 @@ def _quotient(sums: Any, totals: Any) -> Any:
 def _causal_sums(query: Any, key: Any, value: Any, chunk_size: int) -> tuple[Any, Any]:
     """Σ φ(q_i)ᵀφ(k_j) v_j over j <= i, and without the values: (batch, heads, length, ...)."""
     length = ops.shape(query)[2]
-    number = -(-length // chunk_size)
+    number = (length + chunk_size - 1) // chunk_size  # ONNX rounds -x // y to zero
 
     def chunks(x):  # with zeros at the end
         x = ops.pad(x, [(0, 0), (0, 0), (0, number * chunk_size - length), (0, 0)])
@@ -268,6 +268,7 @@ def without_overflow(
     """
     counting = logits
     if mask is not None:
-        counting = ops.where(ops.cast(mask, "bool")[:, :, None, None], logits, LOG_ZERO)
+        mask = ops.expand_dims(ops.cast(mask, "bool"), (2, 3))
+        counting = ops.where(mask, logits, LOG_ZERO)
     largest = ops.stop_gradient(ops.max(counting, axis=axis, keepdims=True))
     return ops.exp(ops.minimum(logits - largest, 0.0)), largest

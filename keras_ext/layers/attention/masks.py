@@ -26,7 +26,7 @@ def causal(length: Any) -> Any:
         [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     """
     position = ops.arange(length)
-    return (position[:, None] >= position)[None]
+    return ops.expand_dims(position[:, None] >= position, 0)
 
 
 def prefix(prefix_lengths: Any, length: Any) -> Any:
@@ -37,7 +37,7 @@ def prefix(prefix_lengths: Any, length: Any) -> Any:
         length: of the texts.
     """
     inside = ops.arange(length) < ops.cast(prefix_lengths, "int32")[:, None]
-    return ops.logical_or(causal(length), inside[:, None])
+    return ops.logical_or(causal(length), ops.expand_dims(inside, 1))
 
 
 def segments(segment_ids: Any) -> Any:
@@ -50,7 +50,7 @@ def segments(segment_ids: Any) -> Any:
     Returns: (batch, length, length).
     """
     order = ops.cumsum(ops.cast(segment_ids, "int32"), axis=1)
-    return order[:, None] <= order[:, :, None]
+    return ops.expand_dims(order, 1) <= ops.expand_dims(order, 2)
 
 
 def window(length: Any, width: int, causal: bool = True) -> Any:
@@ -68,18 +68,18 @@ def window(length: Any, width: int, causal: bool = True) -> Any:
         raise ValueError(f"width must be at least 1, got {width}.")
     distance = ops.arange(length)[:, None] - ops.arange(length)
     least = 0 if causal else 1 - width
-    return ops.logical_and(distance < width, distance >= least)[None]
+    return ops.expand_dims(ops.logical_and(distance < width, distance >= least), 0)
 
 
 def others(length: Any) -> Any:
     """A token sees all but itself: (1, length, length)."""
     position = ops.arange(length)
-    return (position[:, None] != position)[None]
+    return ops.expand_dims(position[:, None] != position, 0)
 
 
 def padding(token_ids: Any) -> Any:
     """No token sees padding, id 0: (batch, 1, length)."""
-    return ops.not_equal(token_ids, 0)[:, None]
+    return ops.expand_dims(ops.not_equal(token_ids, 0), 1)
 
 
 def alternating_heads(num_heads: int, length: Any) -> Any:
@@ -87,7 +87,7 @@ def alternating_heads(num_heads: int, length: Any) -> Any:
 
     Source: kexue.fm/archives/9529.
     """
-    back = causal(length)[:, None]
+    back = ops.expand_dims(causal(length), 1)
     halves = num_heads - num_heads // 2, num_heads // 2
     ahead = ops.transpose(back, (0, 1, 3, 2))
     return ops.concatenate([back] * halves[0] + [ahead] * halves[1], axis=1)
@@ -106,7 +106,7 @@ def combine(*masks: Any) -> Any:
     if not given:
         return None
     rank = max(len(mask.shape) for mask in given)
-    joined, *rest = (mask if len(mask.shape) == rank else mask[:, None] for mask in given)
+    joined, *rest = (m if len(m.shape) == rank else ops.expand_dims(m, 1) for m in given)
     for mask in rest:
         joined = ops.logical_and(joined, mask)
     return joined

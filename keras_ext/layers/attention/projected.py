@@ -217,8 +217,8 @@ class ProjectedAttention(keras.layers.Layer):
     def remember(self, memory: Any) -> tuple[Any, Any]:
         """Keys and values of a memory (batch, sources, width), for `recall`."""
         return (
-            self._split(by_rows(self.key_dense, memory), self.num_kv_heads, self.key_dim),
-            self._split(by_rows(self.value_dense, memory), self.num_kv_heads, self.value_dim),
+            by_rows(self.key_dense, memory, split=(self.num_kv_heads, self.key_dim)),
+            by_rows(self.value_dense, memory, split=(self.num_kv_heads, self.value_dim)),
         )
 
     def recall(self, query: Any, memory: tuple[Any, Any], mask: Any = None) -> Any:
@@ -241,20 +241,15 @@ class ProjectedAttention(keras.layers.Layer):
     def _project(self, query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
         return (
             self._queries(query),
-            self._split(by_rows(self.key_dense, key), self.num_kv_heads, self.key_dim),
-            self._split(by_rows(self.value_dense, value), self.num_kv_heads, self.value_dim),
+            by_rows(self.key_dense, key, split=(self.num_kv_heads, self.key_dim)),
+            by_rows(self.value_dense, value, split=(self.num_kv_heads, self.value_dim)),
         )
 
     def _queries(self, query: Any) -> Any:
-        return self._split(by_rows(self.query_dense, query), self.num_heads, self.key_dim)
-
-    @staticmethod
-    def _split(x: Any, heads: int, size: int) -> Any:
-        return ops.reshape(x, (*ops.shape(x)[:2], heads, size))
+        return by_rows(self.query_dense, query, split=(self.num_heads, self.key_dim))
 
     def _merge(self, heads: Any) -> Any:
-        width = self.num_heads * self.value_dim
-        return by_rows(self.output_dense, ops.reshape(heads, (*ops.shape(heads)[:2], width)))
+        return by_rows(self.output_dense, heads, joined=2)
 
     def for_all_heads(self, x: Any) -> Any:
         """Keys or values, each as often as heads of queries share it."""

@@ -30,7 +30,7 @@ class WindowBlocks:
         self.window = window
         self.causal = causal
         self.size = max(window, SMALLEST_BLOCK)
-        self.number = -(-length // self.size)
+        self.number = (length + self.size - 1) // self.size  # ONNX rounds -x // y to zero
         span = self.size + (window - 1) * (1 if causal else 2)
         self.query_positions = ops.arange(window - 1, window - 1 + self.size)
         self.key_positions = ops.arange(span)  # counted from the first key of the block
@@ -61,7 +61,8 @@ class WindowBlocks:
         seen = ops.logical_and(
             distance < self.window, distance >= (0 if self.causal else 1 - self.window)
         )
-        return ops.logical_and(self.of_keys(source_mask)[:, None, None], seen)
+        inside = ops.expand_dims(self.of_keys(source_mask), (1, 2))
+        return ops.logical_and(inside, seen)
 
     def joined(self, x: Any) -> Any:
         """The way back from `of_queries`."""

@@ -37,6 +37,9 @@ OWN = {
     "nezha": {"max_relative_position": 2},
     "gau_alpha": {"attention_key_size": 6, "num_attention_heads": 1, "hidden_act": "swish"},
     "modernbert": {"local_attention": 2, "pad_token_id": 0},
+    "roberta": {"max_position_embeddings": 8, "pad_token_id": 0},
+    "xlm-roberta": {"max_position_embeddings": 8, "pad_token_id": 0},
+    "camembert": {"max_position_embeddings": 8, "pad_token_id": 0},
     "t5": T5_SIZES,
     "mt5": T5_SIZES,
 }

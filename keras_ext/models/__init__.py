@@ -19,6 +19,7 @@ from keras_ext.models.lora import add_lora, load_lora, merge_lora, save_lora
 from keras_ext.models.modernbert import ModernBERT
 from keras_ext.models.nezha import NEZHA
 from keras_ext.models.record import family_of
+from keras_ext.models.roberta import CamemBERT, RoBERTa, XLMRoBERTa
 from keras_ext.models.roformer import RoFormer
 from keras_ext.models.roformer_v2 import RoFormerV2
 from keras_ext.models.surgery import (
@@ -45,14 +46,17 @@ __all__ = [
     "NEZHA",
     "T5",
     "TTA",
+    "CamemBERT",
     "CheckpointReport",
     "ELECTRAGenerator",
     "Family",
     "GAUAlpha",
     "ModernBERT",
+    "RoBERTa",
     "RoFormer",
     "RoFormerV2",
     "Trunk",
+    "XLMRoBERTa",
     "add_lora",
     "build_transformer_model",
     "condition_norms",

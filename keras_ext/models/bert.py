@@ -30,13 +30,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import keras
+from keras import ops
 
 from keras_ext import layers
-from keras_ext.models.family import Family, Trunk
+from keras_ext.models.family import Family, Sizes, Trunk
 from keras_ext.models.names import NameTable
 
 # Fields of the same configuration format with which a model would be none of those here.
-IMPLIED = {"pad_token_id": 0, "is_decoder": False, "tie_word_embeddings": True}
+IMPLIED = {"is_decoder": False, "tie_word_embeddings": True}
 
 # The fields as UER names them.
 UER_FIELDS = {
@@ -159,10 +160,12 @@ def huggingface_names(layers: Layers, model: str = "bert") -> NameTable:
 class Segmented(Family, abstract=True):
     """A family of token and segment ids: encoder, language model or UniLM.
 
-    With `type_vocab_size` 0 (`segment_vocab_size` in bert4keras) it has no segments.
+    With `type_vocab_size` 0 (`segment_vocab_size` in bert4keras) it has no segments. Tokens of
+    the id `pad_token_id` are padding, which is masked. Default: 0.
     """
 
     type_vocab_size: int = 2
+    pad_token_id: int = 0
 
     applications: ClassVar[tuple[str, ...]] = ("encoder", "lm", "unilm")
 
@@ -173,6 +176,18 @@ class Segmented(Family, abstract=True):
                 "type_vocab_size must be positive for application='unilm', whose segments say "
                 "what sees what, got 0."
             )
+        if not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id must be from 0 to {self.vocab_size - 1}, the last of the "
+                f"vocabulary, got {self.pad_token_id}."
+            )
+
+    @classmethod
+    def from_config(cls: type[Sizes], config: Mapping[str, Any]) -> Sizes:
+        """See `Family.from_config`; a padding of null is the usual one."""
+        if config.get("pad_token_id") is None:
+            config = {key: value for key, value in config.items() if key != "pad_token_id"}
+        return super().from_config(config)
 
     @property
     def is_known_elsewhere(self) -> bool:
@@ -180,22 +195,36 @@ class Segmented(Family, abstract=True):
 
     def trunk(self) -> Trunk:
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
-        segments: list[keras.KerasTensor] = []
+        segments = self.segment_inputs()
         positions = self.position_ids()
         token_embedding = self.token_embedding()
         hidden = token_embedding(token_ids)
         if self.type_vocab_size:
-            segments = [keras.Input((None,), dtype="int32", name="segment_ids")]
             hidden = layers.SegmentEmbedding(
                 self.type_vocab_size,
                 embeddings_initializer=self.table_initializer(),
                 name="segment_embedding",
-            )(hidden, *segments)
+            )(hidden, *(segments or [ops.zeros_like(token_ids)]))
         pattern = self.pattern(positions)
         if self.application == "unilm":
             pattern["attention_mask"] = layers.PrefixMask(name="prefix_mask")(*segments)
-        hidden = self.encode(self.embed(hidden, positions), **pattern)
+        hidden = self.embed(hidden, self.places(token_ids, positions))
+        hidden = self.encode(hidden, **pattern)
         return Trunk([token_ids, *segments, *positions], token_embedding, hidden)
+
+    def token_embedding(self, **options: Any) -> layers.TokenEmbedding:
+        return super().token_embedding(padding_id=self.pad_token_id, **options)
+
+    def segment_inputs(self) -> list[keras.KerasTensor]:
+        """The input of segments, if there is to be one; without it all tokens are of the first
+        segment, if there is one."""
+        if not self.type_vocab_size:
+            return []
+        return [keras.Input((None,), dtype="int32", name="segment_ids")]
+
+    def places(self, token_ids: Any, positions: list[Any]) -> list[Any]:
+        """What tells `embed` where tokens stand: custom positions, if there are such."""
+        return positions
 
     @abc.abstractmethod
     def embed(self, hidden: Any, positions: list[Any]) -> Any:

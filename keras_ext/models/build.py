@@ -24,11 +24,12 @@ from keras_ext.models.checkpoints import (
 from keras_ext.models.family import OURS, Family, known_family
 from keras_ext.models.graphs import check_graph
 from keras_ext.models.hub import download_model, is_repository
+from keras_ext.models.padding import padded_as_tokenizer
 from keras_ext.models.record import family_of
 
 CONFIG_FILES = ("bert_config.json", "config.json")
 # Fields of any family that change what the same weights compute, and no shape of them.
-UNSEEN = ("hidden_act", "layer_norm_eps", "num_attention_heads", "head_size")
+UNSEEN = ("hidden_act", "layer_norm_eps", "num_attention_heads", "head_size", "pad_token_id")
 
 
 def build_transformer_model(
@@ -45,10 +46,10 @@ def build_transformer_model(
 ) -> keras.Model:
     """Build a Transformer as a functional Keras model and load its checkpoint.
 
-    The model maps `[token_ids, segment_ids]`, int32 of (batch, length), where token id 0 is
-    padding and masked, to the last hidden states (batch, length, hidden), or to a list: those,
+    The model maps `[token_ids, segment_ids]`, int32 of (batch, length), where the padding's
+    id (0, or `pad_token_id` of the configuration) is masked, to the last hidden states (batch, length, hidden), or to a list: those,
     then the outputs of the heads asked for, in the order below. GPTs have no segments and no
-    padding, ModernBERTs no segments, T5s neither, but `decoder_token_ids` (see `T5`).
+    padding, ModernBERTs and RoBERTas no segments, T5s neither, but `decoder_token_ids` (see `T5`).
 
         with_mlm              logits of the masked language model, or of the next token,
                               (batch, length, vocabulary)
@@ -68,10 +69,10 @@ def build_transformer_model(
         checkpoint: prefix or directory of a TensorFlow checkpoint, directory or repository of
             a Hugging Face model with safetensors; None for fresh weights. Default: "auto", the
             weights in the directory or repository of `config`; fresh ones for a file or dict.
-        model: the family: "albert", "bert" (also RoBERTa-wwm, MacBERT, RBT3), "electra",
-            "electra_generator", "gau_alpha", "gpt2" (also CPM), "gpt2_ml", "modernbert", "mt5",
-            "nezha", "openai-gpt", "roformer", "roformer_v2", "t5" or "tta", or a subclass of
-            `Family`. Default: what the configuration says, or "bert" where it says nothing.
+        model: the family: "albert", "bert" (also RoBERTa-wwm, MacBERT, RBT3), "camembert",
+            "electra", "electra_generator", "gau_alpha", "gpt2" (also CPM), "gpt2_ml",
+            "modernbert", "mt5", "nezha", "openai-gpt", "roberta", "roformer", "roformer_v2",
+            "t5", "tta" or "xlm-roberta", or a subclass of `Family`. Default: what the configuration says, or "bert" where it says nothing.
         application: "encoder", "lm" (tokens see no later ones) or "unilm" (nor do those of
             segment 1; those of segment 0 see each other); of a GPT "lm"; of a T5 "seq2seq",
             "encoder" or "decoder". Default: that of the configuration, or the first of these.
@@ -105,8 +106,10 @@ def build_transformer_model(
         checkpoint = None
         if not isinstance(config, Mapping) and Path(config).is_dir():
             checkpoint = config
-    config = _read_config(config)
-    family = _family(model, config).from_config(config)
+    fields = _read_config(config)
+    family = _family(model, fields).from_config(fields)
+    if not isinstance(config, Mapping) and Path(config).is_dir():
+        family = padded_as_tokenizer(family, config)
     options: dict[str, Any] = {
         "application": application,
         "hidden_dropout_prob": dropout,
@@ -205,6 +208,7 @@ def _check_unseen(
     """Refuse weights that would compute something else in the model, whatever their shapes."""
     # UER keeps the size of the vocabulary apart.
     theirs = type(sizes).from_config({"vocab_size": sizes.vocab_size, **config})
+    theirs = padded_as_tokenizer(theirs, checkpoint)
     for name in UNSEEN:
         mine, other = getattr(sizes, name, None), getattr(theirs, name, None)
         if mine != other:

@@ -131,6 +131,9 @@ def load_weights(
         >>> report = load_weights(bert, "bert_model.ckpt", BERT.names)
     """
     reader = open_checkpoint(checkpoint)
+    for pattern, reason in ((p, r) for t in tables.values() for p, r in t.foreign.items()):
+        if any(re.search(pattern, name) for name in reader.shapes):
+            raise ValueError(f"{checkpoint} {reason}")
     if reader.format not in tables:
         raise ValueError(
             f"{checkpoint} is of the format {reader.format}, in which the weights of "

@@ -36,6 +36,8 @@ class NameTable:
         copies: variable that repeats another one -> that.
         outputs: matrices of logits that repeat the token embedding where a model ties them.
         optional: pattern of the layers that a model may lack: those of its heads.
+        foreign: pattern of variables, in any format, that a checkpoint of this family never
+            has -> what it is then.
     """
 
     weights: Mapping[str, str]
@@ -45,6 +47,7 @@ class NameTable:
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     outputs: tuple[str, ...] = ()
     optional: str = "$"
+    foreign: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def source(self, path: str) -> "Source | None":
         """Where a model weight is in a checkpoint; None where it has no name."""

@@ -68,6 +68,7 @@ class TTA(Family, family="tta"):
         "huggingface": huggingface_names(LAYERS, model="tta")
     }
     heads: ClassVar[Mapping[str, str]] = {"with_mlm": "mlm"}
+    implied: ClassVar[Mapping[str, Any]] = {"pad_token_id": 0}
 
     def trunk(self) -> Trunk:
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")

@@ -264,7 +264,6 @@ def test_a_missing_field_is_named(field):
         ("use_relative_position", True),
         ("is_decoder", True),
         ("tie_word_embeddings", False),
-        ("pad_token_id", 1),
     ],
 )
 def test_another_architecture_is_refused(key, value):

@@ -92,7 +92,7 @@ def test_the_small_google_checkpoint_without_heads(shared):
 
 def test_errors_say_what_to_do(tmp_path):
     with pytest.raises(
-        ValueError, match=r"Unknown family 'gpt3'\. Known: albert, bert, electra, "
+        ValueError, match=r"Unknown family 'gpt3'\. Known: albert, bert, camembert, "
     ):
         build_transformer_model(SIZES, model="gpt3")
     with pytest.raises(FileNotFoundError, match=r"neither bert_config\.json nor config\.json"):

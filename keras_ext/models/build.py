@@ -46,10 +46,11 @@ def build_transformer_model(
 ) -> keras.Model:
     """Build a Transformer as a functional Keras model and load its checkpoint.
 
-    The model maps `[token_ids, segment_ids]`, int32 of (batch, length), where the padding's
-    id (0, or `pad_token_id` of the configuration) is masked, to the last hidden states (batch, length, hidden), or to a list: those,
-    then the outputs of the heads asked for, in the order below. GPTs have no segments and no
-    padding, ModernBERTs and RoBERTas no segments, T5s neither, but `decoder_token_ids` (see `T5`).
+    The model maps `[token_ids, segment_ids]`, int32 of (batch, length), where the id of padding
+    (0, or `pad_token_id` of the configuration) is masked, to the last hidden states (batch,
+    length, hidden), or to a list: those, then the outputs of the heads asked for, in the order
+    below. GPTs have no segments and no padding, ModernBERTs and RoBERTas no segments, T5s
+    neither, but `decoder_token_ids` (see `T5`).
 
         with_mlm              logits of the masked language model, or of the next token,
                               (batch, length, vocabulary)
@@ -72,7 +73,8 @@ def build_transformer_model(
         model: the family: "albert", "bert" (also RoBERTa-wwm, MacBERT, RBT3), "camembert",
             "electra", "electra_generator", "gau_alpha", "gpt2" (also CPM), "gpt2_ml",
             "modernbert", "mt5", "nezha", "openai-gpt", "roberta", "roformer", "roformer_v2",
-            "t5", "tta" or "xlm-roberta", or a subclass of `Family`. Default: what the configuration says, or "bert" where it says nothing.
+            "t5", "tta" or "xlm-roberta", or a subclass of `Family`. Default: what the
+            configuration says, or "bert" where it says nothing.
         application: "encoder", "lm" (tokens see no later ones) or "unilm" (nor do those of
             segment 1; those of segment 0 see each other); of a GPT "lm"; of a T5 "seq2seq",
             "encoder" or "decoder". Default: that of the configuration, or the first of these.

@@ -66,6 +66,8 @@ class OffsetPositionEmbedding(layers.PositionEmbedding):
         (1, 4, 8)
     """
 
+    counts_tokens = True  # so that a token which is made padding moves the others
+
     def __init__(self, max_length: int, padding_id: int = 1, **kwargs: Any) -> None:
         super().__init__(max_length, **kwargs)
         self.padding_id = padding_id
@@ -75,7 +77,8 @@ class OffsetPositionEmbedding(layers.PositionEmbedding):
                 f"{max_length}."
             )
 
-    def build(
+    # Between the inputs and the positions there are token ids.
+    def build(  # type: ignore[override]
         self,
         inputs_shape: tuple,
         token_ids_shape: tuple,
@@ -83,7 +86,9 @@ class OffsetPositionEmbedding(layers.PositionEmbedding):
     ) -> None:
         super().build(inputs_shape)
 
-    def call(self, inputs: Any, token_ids: Any, positions: Any = None) -> Any:
+    def call(  # type: ignore[override]
+        self, inputs: Any, token_ids: Any, positions: Any = None
+    ) -> Any:
         real = ops.cast(ops.not_equal(token_ids, self.padding_id), "int32")
         if positions is None:
             self._check_length(inputs.shape[1])
@@ -94,7 +99,7 @@ class OffsetPositionEmbedding(layers.PositionEmbedding):
         chosen = ops.take(self.embeddings, ops.clip(rows, 0, last), axis=0)
         return inputs + ops.where((rows <= last)[..., None], chosen, float("nan"))
 
-    def compute_output_shape(
+    def compute_output_shape(  # type: ignore[override]
         self,
         inputs_shape: tuple,
         token_ids_shape: tuple,

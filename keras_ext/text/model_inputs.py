@@ -28,9 +28,9 @@ def model_inputs(model: keras.Model, encoding: Mapping[str, Any]) -> Any:
 
         token_ids = where(attention_mask, input_ids, id of padding)
 
-    Where a model has no padding (GPT) or this is its decoder, a mask may only hide the ends of
-    texts, which nothing before them sees. Segments that are not given are zeros, positions
-    0 ... length - 1.
+    Where a model counts its positions without padding (RoBERTa), has no padding (GPT), or this
+    is its decoder, a mask may only hide the ends of texts, which nothing before them sees.
+    Segments that are not given are zeros, positions 0 ... length - 1.
 
     Args:
         model: of `build_transformer_model`, or around such a model.
@@ -125,5 +125,11 @@ def _masked(
     if ((ids == padding) & (mask == 1)).any():
         raise ValueError(
             f"{name} must be 0 where {key} are {padding}, which is padding to {model.name}."
+        )
+    counted = any(getattr(layer, "counts_tokens", False) for layer in every_layer(model))
+    if counted and (np.diff(mask, axis=1) > 0).any() and ((ids != padding) != mask).any():
+        raise ValueError(
+            f"{name} must be 1 for all {key} but {padding}, which is padding to {model.name}, "
+            "or hide only the ends of texts: positions are counted without padding."
         )
     return np.where(mask == 1, ids, padding).astype("int32")

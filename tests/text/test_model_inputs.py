@@ -91,6 +91,16 @@ def test_a_model_without_padding_or_segments():
         model_inputs(gpt, {"input_ids": IDS, "token_type_ids": SEGMENTS})
 
 
+def test_hidden_tokens_between_others_would_move_positions_that_are_counted():
+    roberta = build_transformer_model(SIZES, model="roberta")
+    left = {"input_ids": [[1, 1, 3, 4]], "attention_mask": [[0, 0, 1, 1]]}
+    np.testing.assert_array_equal(model_inputs(roberta, left), left["input_ids"])
+    ends = {"input_ids": [[3, 4, 5, 6]], "attention_mask": [[1, 1, 0, 0]]}
+    np.testing.assert_array_equal(model_inputs(roberta, ends), [[3, 4, 1, 1]])
+    with pytest.raises(ValueError, match="attention_mask must be 1 for all input_ids but 1"):
+        model_inputs(roberta, {**ends, "attention_mask": [[1, 0, 1, 1]]})
+
+
 def test_both_sides_of_a_t5():
     t5 = random_model("t5")
     with pytest.raises(

@@ -52,6 +52,7 @@ def mirrored():
 def docstring_files(tmp_path_factory) -> Path:
     """What the examples in docstrings read: a BERT of one small layer in both formats."""
     from models.bundle import write_bundle
+    from models.torch_file import write_torch
     from safetensors.numpy import save_file
 
     from keras_ext.models import BERT, build_transformer_model
@@ -77,6 +78,7 @@ def docstring_files(tmp_path_factory) -> Path:
             write_bundle(folder / directory / "bert_model.ckpt", variables)
         else:
             save_file(variables, folder / directory / "model.safetensors")
+            write_torch(folder / directory / "pytorch_model.bin", variables)
     return folder
 
 

@@ -68,8 +68,9 @@ def build_transformer_model(
             repository of huggingface.co or a name that it knows (see `download_model`), or a
             dict.
         checkpoint: prefix or directory of a TensorFlow checkpoint, directory or repository of
-            a Hugging Face model with safetensors; None for fresh weights. Default: "auto", the
-            weights in the directory or repository of `config`; fresh ones for a file or dict.
+            a Hugging Face model, or a file of its weights (safetensors, `pytorch_model.bin`, of
+            which nothing is run); None for fresh weights. Default: "auto", the weights in the
+            directory or repository of `config`; fresh ones for a file or dict.
         model: the family: "albert", "bert" (also RoBERTa-wwm, MacBERT, RBT3), "camembert",
             "electra", "electra_generator", "gau_alpha", "gpt2" (also CPM), "gpt2_ml",
             "modernbert", "mt5", "nezha", "openai-gpt", "roberta", "roformer", "roformer_v2",

@@ -126,7 +126,7 @@ class TorchCheckpoint:
             anything but tensors of numbers: of code, nothing is run.
 
     Example:
-        >>> checkpoint = TorchCheckpoint("chinese-roberta-wwm-ext")
+        >>> checkpoint = TorchCheckpoint("bert-base-chinese")
         >>> checkpoint.shapes["bert.pooler.dense.bias"]
         (768,)
         >>> values = checkpoint.read("bert.pooler.dense.bias")

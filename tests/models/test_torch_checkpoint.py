@@ -311,37 +311,41 @@ def damages(whole, end):
 def test_damaged_zip_is_refused_or_the_same(tmp_path):
     path, arrays = tmp_path / "x.bin", {name: ARRAYS[name] for name in ("float32", "int8")}
     write_torch(path, arrays)
-    whole, refused = path.read_bytes(), 0
+    whole, refused, unnamed = path.read_bytes(), 0, 0
     for data in damages(whole, len(whole)):
         path.write_bytes(data)
         try:
             checkpoint = TorchCheckpoint(path)
             read = {name: checkpoint.read(name) for name in checkpoint.shapes}
         except ValueError as error:
-            refused += str(path) in str(error)
+            refused += 1
+            unnamed += str(path) not in str(error)
         else:
             assert read.keys() == arrays.keys()
             for name, values in read.items():
                 np.testing.assert_array_equal(values, arrays[name])
     assert refused > 300
+    assert not unnamed
 
 
 def test_damaged_stream_is_refused_or_readable(tmp_path):
     """It has no sums: a damaged name or value is not seen."""
     path, arrays = tmp_path / "x.bin", {name: ARRAYS[name] for name in ("float32", "int8")}
     write_torch(path, arrays, write_stream)
-    whole, refused = path.read_bytes(), 0
+    whole, refused, unnamed = path.read_bytes(), 0, 0
     for data in damages(whole, len(whole) - ARRAYS["int8"].nbytes):
         path.write_bytes(data)
         try:
             checkpoint = TorchCheckpoint(path)
         except ValueError as error:
-            refused += str(path) in str(error)
+            refused += 1
+            unnamed += str(path) not in str(error)
         else:
             assert len(data) == len(whole)  # what is truncated is always seen
             for name in checkpoint.shapes:
                 checkpoint.read(name)
     assert refused > 200
+    assert not unnamed
 
 
 def test_a_zip_without_sums(tmp_path):
@@ -354,6 +358,17 @@ def test_a_zip_without_sums(tmp_path):
             data = data.replace(entry.CRC.to_bytes(4, "little"), bytes(4))
     path.write_bytes(data)
     assert_holds(TorchCheckpoint(path), {"x": BASE})
+
+
+def test_a_name_is_covered_by_the_sum_and_of_any_language(tmp_path):
+    path = tmp_path / "x.bin"
+    write_torch(path, {"name": BASE})
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"model/", "mödl/".encode()))  # not flagged as UTF-8
+    assert_holds(TorchCheckpoint(path), {"name": BASE})
+    path.write_bytes(data.replace(b"name", b"mame"))
+    with pytest.raises(ValueError, match=r"data\.pkl has another CRC"):
+        TorchCheckpoint(path)
 
 
 def test_shards(tmp_path):

@@ -38,7 +38,7 @@ class CachedModel:
     Attributes:
         max_length: tokens that the model has positions for, None for any number.
         vocab_size: of its logits.
-        masks_zero: whether token 0 is padding, which the model never sees.
+        padding_id: of the token that is padding, which the model never sees, or None.
         has_prefix: whether it is a UniLM.
         has_memory: whether it has an encoder.
 
@@ -60,7 +60,8 @@ class CachedModel:
     def __init__(self, model: keras.Model) -> None:
         self.model = model
         embedding = model.get_layer("token_embedding")
-        self.vocab_size, self.masks_zero = embedding.input_dim, embedding.mask_zero
+        self.vocab_size = embedding.input_dim
+        self.padding_id = embedding.padding_id if embedding.mask_zero else None
         logits = [x for x in model.outputs if x.shape[-1] == self.vocab_size]
         if len(logits) != 1:
             raise ValueError(

@@ -202,12 +202,13 @@ class Generator:
         if number < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {number}.")
         size = self.cached.vocab_size
-        least = 1 if self.cached.masks_zero else 0
+        padding = self.cached.padding_id
         for prompt in prompts:
             for token in prompt:
-                if not least <= token < size:
+                if not 0 <= token < size or token == padding:
+                    but = "" if padding is None else f" and not {padding}, the padding"
                     raise ValueError(
-                        f"Tokens of prompts must be from {least} to {size - 1}, got {token}."
+                        f"Tokens of prompts must be from 0 to {size - 1}{but}, got {token}."
                     )
         most = self.cached.max_length
         longest = 0 if self.cached.has_memory else max(map(len, prompts))
@@ -293,7 +294,8 @@ class Generator:
         """What changes with the next token, after these logits."""
         count, ended = moving["count"], moving["ended"]
         never = np.zeros(self.cached.vocab_size, "bool")
-        never[0] = self.cached.masks_zero
+        if self.cached.padding_id is not None:
+            never[self.cached.padding_id] = True
         early = never.copy()
         early[self.ends] = True
         banned = ops.where(count < search.min_new_tokens, early, never)

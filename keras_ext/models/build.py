@@ -46,11 +46,12 @@ def build_transformer_model(
 ) -> keras.Model:
     """Build a Transformer as a functional Keras model and load its checkpoint.
 
-    The model maps `[token_ids, segment_ids]`, int32 of (batch, length), where the id of padding
-    (0, or `pad_token_id` of the configuration) is masked, to the last hidden states (batch,
+    The model maps `[token_ids, segment_ids]`, int32 of (batch, length), where the padding's
+    id (0, or `pad_token_id` of the configuration) is masked, to the last hidden states (batch,
     length, hidden), or to a list: those, then the outputs of the heads asked for, in the order
     below. GPTs have no segments and no padding, ModernBERTs and RoBERTas no segments, T5s
-    neither, but `decoder_token_ids` (see `T5`).
+    neither, but `decoder_token_ids` (see `T5`). Where a tokenizer beside the configuration
+    pads with another id, its id is taken, with a warning.
 
         with_mlm              logits of the masked language model, or of the next token,
                               (batch, length, vocabulary)
@@ -159,7 +160,10 @@ def load_checkpoint(model: keras.Model, checkpoint: str | os.PathLike) -> Checkp
     """
     checkpoint, sizes = _local(checkpoint), family_of(model)
     if any((Path(checkpoint) / name).is_file() for name in CONFIG_FILES):
-        _check_unseen(sizes, _read_config(checkpoint), checkpoint)
+        # UER keeps the size of the vocabulary apart.
+        config = {"vocab_size": sizes.vocab_size, **_read_config(checkpoint)}
+        theirs = padded_as_tokenizer(type(sizes).from_config(config), checkpoint)
+        _check_unseen(sizes, theirs, checkpoint)
     return load_weights(model, checkpoint, sizes.names)
 
 
@@ -205,13 +209,8 @@ def save_transformer_model(model: keras.Model, directory: str | os.PathLike) -> 
     os.replace(partial, directory / name)
 
 
-def _check_unseen(
-    sizes: Family, config: Mapping[str, Any], checkpoint: str | os.PathLike
-) -> None:
+def _check_unseen(sizes: Family, theirs: Family, checkpoint: str | os.PathLike) -> None:
     """Refuse weights that would compute something else in the model, whatever their shapes."""
-    # UER keeps the size of the vocabulary apart.
-    theirs = type(sizes).from_config({"vocab_size": sizes.vocab_size, **config})
-    theirs = padded_as_tokenizer(theirs, checkpoint)
     for name in UNSEEN:
         mine, other = getattr(sizes, name, None), getattr(theirs, name, None)
         if mine != other:

@@ -77,8 +77,7 @@ class OffsetPositionEmbedding(layers.PositionEmbedding):
                 f"{max_length}."
             )
 
-    # Between the inputs and the positions there are token ids.
-    def build(  # type: ignore[override]
+    def build(  # type: ignore[override]  # it asks where padding is
         self,
         inputs_shape: tuple,
         token_ids_shape: tuple,

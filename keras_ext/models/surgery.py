@@ -108,7 +108,8 @@ def select_tokens(model: keras.Model, tokens: Sequence[int | Sequence[int]]) -> 
     Args:
         model: with a layer `token_embedding`, and perhaps `mlm_bias` or `lm_head`.
         tokens: for each id of the new vocabulary one old id, or several. Where the model masks
-            padding, it is among them; as the first, if it is 0.
+            padding, it is among them; as the first, if it is 0, and where it was, if positions
+            are counted from it, as in RoBERTa.
 
     Returns:
         A `keras.Model` with inputs and outputs of `model`, not compiled.
@@ -143,7 +144,13 @@ def select_tokens(model: keras.Model, tokens: Sequence[int | Sequence[int]]) -> 
     elif not groups or (embedding.mask_zero and groups[0] != [0]):
         raise ValueError(f"tokens[0] must be 0, the padding, got {list(tokens[:1])}.")
     changes["lm_head"] = {"units": len(groups)}
+    moved = sizes.get("pad_token_id", padding) != padding
     for layer in model.layers:
+        if moved and layer is not embedding and hasattr(layer, "padding_id"):
+            raise ValueError(
+                f"tokens[{padding}] must be {padding}, the padding, from whose id {layer.name} "
+                f"counts, got tokens[{sizes['pad_token_id']}] = {padding}."
+            )
         units = getattr(layer, "units", None)
         if units == len(known) and layer.name not in changes:
             raise ValueError(
@@ -258,7 +265,7 @@ def extend_positions(model: keras.Model, max_length: int, alpha: float = 0.4) ->
 
     Args:
         model: with a layer `position_embedding`.
-        max_length: positions of the new model, from n to n².
+        max_length: tokens of the longest texts of the new model, from n to n².
         alpha: α, in (0, 1) and not 1/2, which would make (i, j) and (j, i) the same. Default:
             0.4.
 
@@ -273,25 +280,27 @@ def extend_positions(model: keras.Model, max_length: int, alpha: float = 0.4) ->
 
     Reference: kexue.fm/archives/7947.
     """
-    size = model.get_layer("position_embedding").max_length
+    position = model.get_layer("position_embedding")
+    first = getattr(position, "padding_id", -1) + 1  # RoBERTa's rows before are of no place
+    size = position.max_length - first
     if not size <= max_length <= size**2:
         raise ValueError(f"max_length must be from {size} to {size**2}, got {max_length}.")
     if not 0 < alpha < 1 or alpha == 0.5:
         raise ValueError(f"alpha must be between 0 and 1, and not 0.5, got {alpha}.")
 
     def change(layer: keras.layers.Layer) -> dict[str, Any] | None:
-        return {"position_embedding": {"max_length": max_length}}.get(layer.name)
+        return {"position_embedding": {"max_length": first + max_length}}.get(layer.name)
 
     def extended(_: keras.layers.Layer, rows: np.ndarray) -> np.ndarray:
-        rows = np.asarray(rows, "float64")
+        before, rows = np.split(np.asarray(rows, "float64"), [first])
         u = (rows - alpha * rows[0]) / (1 - alpha)
         i, j = np.divmod(np.arange(max_length), size)
-        return alpha * u[i] + (1 - alpha) * u[j]
+        return np.concatenate([before, alpha * u[i] + (1 - alpha) * u[j]])
 
     return restate(
         _changed(model, change, extended),
         model,
-        lambda sizes: dataclasses.replace(sizes, max_position_embeddings=max_length),
+        lambda sizes: dataclasses.replace(sizes, max_position_embeddings=first + max_length),
     )
 
 

@@ -312,5 +312,5 @@ def test_wrong_tokens_of_the_generator():
     with pytest.raises(ValueError, match="jit_compile must be True, False or 'auto', got '1'"):
         Generator(small("gpt2"), jit_compile="1")
     padding = Generator(small("roformer"))
-    with pytest.raises(ValueError, match="Tokens of prompts must be from 1 to 10, got 0"):
+    with pytest.raises(ValueError, match="from 0 to 10 and not 0, the padding, got 0"):
         padding.generate([[0, 3]], 4)

@@ -131,6 +131,7 @@ BLOCK = {
 TRUNK = {**TOKEN_TABLE, **SEGMENTS, **norm("embedding_norm"), **BLOCK}
 MLM = {**dense("mlm_dense"), **norm("mlm_norm"), "mlm_bias/bias": ZEROS}
 POOLED = {**dense("pooler"), **dense("nsp")}
+ROBERTA_WEIGHTS = {**TRUNK, **POSITIONS, **MLM, **dense("pooler")}
 PROJECTION = dense("embedding_projection")
 DISCRIMINATOR = dense("discriminator_(dense|prediction)")
 
@@ -192,6 +193,9 @@ FAMILIES = {
     "t5": T5_WEIGHTS,
     "mt5": {**T5_WEIGHTS, **GATED, **OWN_HEAD},
     "modernbert": MODERN_WEIGHTS,
+    "roberta": ROBERTA_WEIGHTS,
+    "xlm-roberta": ROBERTA_WEIGHTS,
+    "camembert": ROBERTA_WEIGHTS,
     "tta": {
         **TOKEN_TABLE,
         **POSITIONS,

@@ -22,7 +22,14 @@ from keras_ext.models import (
 safetensors = pytest.importorskip("safetensors.numpy")
 
 HERE = Path(__file__).parent
-IN_TRANSFORMERS = ["albert", "electra", "electra_generator", "modernbert", "roformer"]
+IN_TRANSFORMERS = [
+    "albert",
+    "electra",
+    "electra_generator",
+    "modernbert",
+    "roberta",
+    "roformer",
+]
 WITH_TENSORFLOW = [f for f in HEADS if "tensorflow" in FAMILIES[f].names]
 
 

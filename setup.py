@@ -11,6 +11,7 @@ version = re.search(r'__version__ = "(.+)"', (root / "keras_ext/__init__.py").re
 nlp = ["tokenizers", "safetensors", "huggingface_hub"]
 clue = [*nlp, "matplotlib", "nltk", "rich", "scikit-learn", "scipy", "seqeval"]
 pretraining = [*clue, "jieba"]
+export = ["onnx", "onnxruntime", "tf2onnx"]
 notebooks = ["ipykernel", "jupytext", "nbclient"]
 
 setup(
@@ -33,7 +34,16 @@ setup(
         "nlp": nlp,
         "clue": clue,
         "pretraining": pretraining,
-        "test": [*pretraining, *notebooks, "mypy", "optax", "pytest", "pytest-xdist", "ruff"],
+        "test": [
+            *pretraining,
+            *notebooks,
+            *export,
+            "mypy",
+            "optax",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+        ],
     },
     classifiers=[
         "Intended Audience :: Developers",

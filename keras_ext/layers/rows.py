@@ -31,8 +31,8 @@ def by_rows(
         >>> by_rows(keras.layers.Dense(6), x, split=(3, 2)).shape == (4, 5, 3, 2)
         True
     """
-    # Each side is reshaped once: of two reshapes in a row tf2onnx drops the first and gives
-    # whoever asks for its shape another one.
+    # Each side is reshaped once: where another number of axes follows, tf2onnx drops the first
+    # of two reshapes, and takes the shape of what is before it.
     leading, width = ops.shape(x)[:-joined], math.prod(x.shape[-joined:])
     as_it_is = layer.activity_regularizer is not None
     y = layer(ops.reshape(x, (*(leading if as_it_is else (-1,)), width)))

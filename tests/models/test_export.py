@@ -45,7 +45,7 @@ def test_no_operation_that_a_runtime_lacks(name):
         assert operation.type != "Erfc"
         if operation.type == "StridedSlice":
             assert operation.inputs[0].dtype != tf.bool
-        if operation.type == "Reshape":
+        if operation.type == "Reshape" and "/attention_" in operation.name:
             assert operation.inputs[0].op.type != "Reshape"
 
 

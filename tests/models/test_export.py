@@ -4,7 +4,7 @@ tokens; on JAX at a fixed number of tokens."""
 import keras
 import numpy as np
 import pytest
-from families import SEGMENTS, TOKENS, random_model, run
+from families import SEGMENTS, SIZES, TOKENS, random_model, run
 from keras import ops
 
 from keras_ext.layers import gelu_erf
@@ -21,7 +21,8 @@ FAMILIES = {
 
 
 def build(name):
-    return random_model("bert" if name == "unilm" else name, **FAMILIES[name])
+    sizes = {**SIZES, "num_hidden_layers": 2}
+    return random_model("bert" if name == "unilm" else name, sizes=sizes, **FAMILIES[name])
 
 
 def test_gelu_is_that_of_keras():

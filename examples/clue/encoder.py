@@ -98,6 +98,12 @@ def _pretrained(
         dropout=settings.dropout,
         attention_dropout=settings.dropout,
     )
+    embedding, padding = encoder.get_layer("token_embedding"), tokenizer.token_to_id("[PAD]")
+    if padding != 0 or (embedding.mask_zero and embedding.padding_id != 0):
+        raise ValueError(
+            f"batches here are padded with id 0, but {vocabulary} pads with {padding} and "
+            f"{sizes_file} with {embedding.padding_id}: take another model."
+        )
     if len(tokenizer.vocabulary) > sizes["vocab_size"]:
         raise ValueError(
             f"{vocabulary} has {len(tokenizer.vocabulary)} tokens, but vocab_size in "

@@ -206,7 +206,8 @@ class PositionEmbedding(keras.layers.Layer):
 
     def call(self, inputs: Any, positions: Any = None) -> Any:
         if positions is not None:
-            return inputs + ops.take(self.embeddings, positions, axis=0)
+            # A slice, so that the gradient is dense: see `SegmentEmbedding`.
+            return inputs + ops.take(self.embeddings[:], positions, axis=0)
         self._check_length(inputs.shape[1])
         # A slice and not a gather: its gradient is one dense copy.
         return inputs + self.embeddings[: ops.shape(inputs)[1]]

@@ -112,8 +112,9 @@ def build_transformer_model(
             checkpoint = config
     fields = _read_config(config)
     family = _family(model, fields).from_config(fields)
-    if not isinstance(config, Mapping) and Path(config).is_dir():
-        family = padded_as_tokenizer(family, config)
+    if not isinstance(config, Mapping):
+        beside = Path(config) if Path(config).is_dir() else Path(config).parent
+        family = padded_as_tokenizer(family, beside)
     options: dict[str, Any] = {
         "application": application,
         "hidden_dropout_prob": dropout,

@@ -148,6 +148,7 @@ class Family(abc.ABC):
     learned_positions: ClassVar[bool] = True  # or the attentions know where tokens stand
     takes_positions: ClassVar[bool] = True  # custom ones
     takes_gates: ClassVar[bool] = False
+    counts_from_padding: ClassVar[bool] = False  # its positions
 
     def __init_subclass__(
         cls, family: str | None = None, abstract: bool = False, **kwargs: Any

@@ -42,12 +42,23 @@ def tokenizer_padding(directory: str | os.PathLike) -> tuple[int, str] | None:
 
 def padded_as_tokenizer(sizes: Sizes, directory: str | os.PathLike) -> Sizes:
     """The sizes with the padding of the tokenizer in their directory, and a warning where the
-    configuration there says otherwise."""
+    configuration there says otherwise.
+
+    Raises:
+        ValueError: they differ, and positions are counted from the padding of the
+            configuration, so that no id could stand for both.
+    """
     if not hasattr(sizes, "pad_token_id"):
         return sizes
     padding, file = tokenizer_padding(directory) or (sizes.pad_token_id, "")
     if padding == sizes.pad_token_id or padding >= sizes.vocab_size:
         return sizes
+    if sizes.counts_from_padding:
+        raise ValueError(
+            f"The configuration in {directory} pads with id {sizes.pad_token_id}, from which "
+            f"positions are counted, the tokenizer ({file}) with {padding}. Correct the one "
+            "that is wrong."
+        )
     warnings.warn(
         f"The configuration in {directory} pads with id {sizes.pad_token_id}, the tokenizer "
         f"({file}) with {padding}, which is taken. Correct pad_token_id in the configuration.",

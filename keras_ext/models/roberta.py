@@ -95,7 +95,8 @@ class OffsetPositionEmbedding(layers.PositionEmbedding):
         rows = (ops.cast(positions, "int32") + 1) * real + self.padding_id
         # What backends make of a row that there is not differs, and some say nothing.
         last = self.max_length - 1
-        chosen = ops.take(self.embeddings, ops.clip(rows, 0, last), axis=0)
+        # A slice, so that the gradient is dense: see `SegmentEmbedding`.
+        chosen = ops.take(self.embeddings[:], ops.clip(rows, 0, last), axis=0)
         return inputs + ops.where((rows <= last)[..., None], chosen, float("nan"))
 
     def compute_output_shape(  # type: ignore[override]
@@ -148,6 +149,7 @@ class RoBERTa(BERT, family="roberta"):
     }
     heads: ClassVar[Mapping[str, str]] = {"with_mlm": "mlm", "with_pool": "pooled"}
     applications: ClassVar[tuple[str, ...]] = ("encoder",)
+    counts_from_padding: ClassVar[bool] = True
 
     @classmethod
     def from_config(cls: type[Sizes], config: Mapping[str, Any]) -> Sizes:

@@ -39,7 +39,7 @@ MULTIPLE = 8
 class BucketedBatches(keras.utils.PyDataset):
     """Batches `((token_ids, segment_ids), labels, sample_weight)` of few shapes.
 
-    `token_ids` and `segment_ids` are int32 of (batch_size, L), padded with 0;
+    `token_ids` and `segment_ids` are int32 of (batch_size, L), padded with `padding_id` and 0;
     `sample_weight` is float32 of (batch_size,), 1 for rows and 0 for filling. Without
     labels a batch is `((token_ids, segment_ids),)`. Where a row is several texts, such as the
     choices of a question, they are (batch_size, texts, L), L that of the longest text.
@@ -51,6 +51,7 @@ class BucketedBatches(keras.utils.PyDataset):
         segment_ids: sequences as long as those of `token_ids`. Default: zeros,
             also for pairs, as RoBERTa-style checkpoints were trained and the reference
             code of CLUE has it.
+        padding_id: the id of padding, that of the model. Default: 0.
         batch_size: rows in every batch. Default: 32.
         lengths: the bucket lengths. Default: at most five, see `choose_lengths`.
         seed: shuffle rows and batches by it. Default: None, sorted by bucket, for
@@ -75,6 +76,7 @@ class BucketedBatches(keras.utils.PyDataset):
         labels: np.ndarray | None = None,
         *,
         segment_ids: Sequence[Sequence[int]] | None = None,
+        padding_id: int = 0,
         batch_size: int = 32,
         lengths: Sequence[int] | None = None,
         seed: int | None = None,
@@ -85,7 +87,7 @@ class BucketedBatches(keras.utils.PyDataset):
         sizes = _check_rows(token_ids, segment_ids, labels)
         self.token_ids, self.segment_ids = token_ids, segment_ids
         self.labels = None if labels is None else np.asarray(labels)
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.padding_id = batch_size, seed, padding_id
         self.lengths = sorted(set(choose_lengths(sizes) if lengths is None else lengths))
         if sizes.max() > self.lengths[-1]:
             raise ValueError(
@@ -107,7 +109,7 @@ class BucketedBatches(keras.utils.PyDataset):
         length, rows = self._plan[index]
         weight = (np.arange(self.batch_size) < len(rows)).astype("float32")
         rows = np.concatenate([rows, np.repeat(rows[:1], self.batch_size - len(rows))])
-        tokens = self._pad(self.token_ids, rows, length)
+        tokens = self._pad(self.token_ids, rows, length, self.padding_id)
         if self.segment_ids is None:
             segments = np.zeros_like(tokens)
         else:
@@ -153,9 +155,9 @@ class BucketedBatches(keras.utils.PyDataset):
             plan = [plan[index] for index in random.permutation(len(plan))]
         return _differ_in_length(plan)
 
-    def _pad(self, sequences, rows: np.ndarray, length: int) -> np.ndarray:
+    def _pad(self, sequences, rows: np.ndarray, length: int, padding: int = 0) -> np.ndarray:
         texts = [text for row in rows for text in _texts(sequences[row])]
-        padded = np.zeros((len(texts), length), "int32")
+        padded = np.full((len(texts), length), padding, "int32")
         for line, text in enumerate(texts):
             padded[line, : len(text)] = text
         several = _is_nested(sequences[rows[0]])

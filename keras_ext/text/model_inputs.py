@@ -70,8 +70,12 @@ def model_inputs(model: keras.Model, encoding: Mapping[str, Any]) -> Any:
     if "token_ids" in inputs:
         shape = inputs["token_ids"].shape
         inputs.setdefault("segment_ids", np.zeros(shape, "int32"))
-        positions = np.arange(shape[1], dtype="int32")
-        inputs.setdefault("position_ids", np.broadcast_to(positions, shape))
+        inputs.setdefault("position_ids", np.broadcast_to(np.arange(shape[1]), shape))
+        if _counted(model) and "position_ids" in names:
+            raise ValueError(
+                f"{model.name} must be without custom_position_ids, as it counts its positions "
+                "from the id of padding. Give its inputs yourself, or build it without."
+            )
         for name in ("segment_ids", "position_ids"):
             if inputs[name].shape != shape:
                 raise ValueError(
@@ -85,6 +89,11 @@ def model_inputs(model: keras.Model, encoding: Mapping[str, Any]) -> Any:
             )
     found = [inputs[name] for name in names]
     return found if len(found) > 1 else found[0]
+
+
+def _counted(model: keras.Model) -> bool:
+    """Whether positions are those among the tokens that are no padding."""
+    return any(getattr(layer, "counts_tokens", False) for layer in every_layer(model))
 
 
 def _array(key: str, value: Any) -> np.ndarray:
@@ -126,8 +135,11 @@ def _masked(
         raise ValueError(
             f"{name} must be 0 where {key} are {padding}, which is padding to {model.name}."
         )
-    counted = any(getattr(layer, "counts_tokens", False) for layer in every_layer(model))
-    if counted and (np.diff(mask, axis=1) > 0).any() and ((ids != padding) != mask).any():
+    if (
+        _counted(model)
+        and (np.diff(mask, axis=1) > 0).any()
+        and ((ids != padding) != mask).any()
+    ):
         raise ValueError(
             f"{name} must be 1 for all {key} but {padding}, which is padding to {model.name}, "
             "or hide only the ends of texts: positions are counted without padding."

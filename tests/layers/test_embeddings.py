@@ -111,6 +111,18 @@ def test_a_segment_outside_the_table_is_said_where_it_can_be_seen(wrong):
         np.testing.assert_array_equal(outputs, [[[1, 1, 1], [0, 0, 0]]])
 
 
+def test_custom_positions_that_are_used_twice_train_as_any():
+    """The first step of Adam is its rate, whatever the gradient; of a row that sparse gradients
+    repeat, Keras's on TensorFlow takes another one."""
+    inputs = keras.Input((3, 2)), keras.Input((3,), dtype="int32")
+    layer = PositionEmbedding(4, "zeros")
+    model = keras.Model(inputs, layer(*inputs))
+    model.compile(keras.optimizers.Adam(0.1), "mse", jit_compile=False)
+    model.train_on_batch([np.zeros((1, 3, 2)), np.array([[1, 1, 3]])], np.ones((1, 3, 2)))
+    (table,) = layer.get_weights()
+    np.testing.assert_allclose(table[:, 0], [0, 0.1, 0, 0.1], rtol=1e-3)
+
+
 def test_tables_need_rows():
     with pytest.raises(ValueError, match="max_length must be positive, got 0"):
         PositionEmbedding(0)

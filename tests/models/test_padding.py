@@ -59,6 +59,23 @@ def test_a_tokenizer_without_padding(tmp_path):
     assert tokenizer_padding(tmp_path) is None
 
 
+def test_a_roberta_and_its_tokenizer_must_agree(tmp_path):
+    sizes = {**SIZES, "max_position_embeddings": 12, "model_type": "roberta"}
+    write(tmp_path, {"config.json": {**sizes, "pad_token_id": 1}, **TOKENIZERS["padding"]})
+    for config in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(ValueError, match=r"pads with id 1, from which .*\.json\) with 3"):
+            build_transformer_model(config, checkpoint=None)
+    write(tmp_path, {"config.json": {**sizes, "pad_token_id": 3}})
+    build_transformer_model(tmp_path, checkpoint=None)
+
+
+def test_the_tokenizer_beside_a_file_counts(tmp_path):
+    write(tmp_path, {"bert_config.json": SIZES, **TOKENIZERS["padding"]})
+    with pytest.warns(UserWarning, match="pads with id 0, the tokenizer .* with 3"):
+        model = build_transformer_model(tmp_path / "bert_config.json")
+    assert family_of(model).pad_token_id == 3
+
+
 @pytest.mark.parametrize("family", ["bert", "roformer", "roformer_v2", "gau_alpha", "albert"])
 def test_padding_of_any_id_is_not_seen(family, tmp_path):
     sizes = {**SIZES, "pad_token_id": 3}

@@ -1,5 +1,6 @@
 """RoBERTa: where its tokens stand, and what is no RoBERTa."""
 
+import keras
 import numpy as np
 import pytest
 from bundle import write_bundle
@@ -26,6 +27,17 @@ def small(pad=3, rows=10, **given):
     return randomize(build_transformer_model(sizes, model="roberta"))
 
 
+class Positions(keras.layers.Layer):
+    """The positions alone."""
+
+    def __init__(self, *args):
+        super().__init__()
+        self.table = OffsetPositionEmbedding(*args, embeddings_initializer="zeros")
+
+    def call(self, token_ids):
+        return self.table(ops.zeros((*ops.shape(token_ids), 2)), token_ids)
+
+
 def numpy(x):
     return ops.convert_to_numpy(x)
 
@@ -42,6 +54,17 @@ def test_positions_are_counted_from_the_padding(pad, compiled):
     call = backend.compile(layer, layer.variables) if compiled else layer
     found = call(*map(ops.convert_to_tensor, (zeros, token_ids)))
     np.testing.assert_array_equal(numpy(found), table[pad + ROWS])
+
+
+def test_rows_that_are_used_twice_train_as_any():
+    """The adaptive optimizers of Keras take sparse gradients of a row one by one."""
+    model = keras.Sequential([keras.Input((6,), dtype="int32"), Positions(9, 1)])
+    model.compile(keras.optimizers.Adam(0.1), "mse", jit_compile=False)
+    model.train_on_batch(np.where(PADDED == 7, 1, PADDED), np.ones((2, 6, 2)))
+    # The first step of Adam is the rate, whatever the gradient: of rows 2 and 3, used twice,
+    # of 4 to 7, and of that of padding.
+    table = numpy(model.layers[0].table.embeddings)[:, 0]
+    np.testing.assert_allclose(table, [0, *[0.1] * 7, 0], rtol=1e-3)
 
 
 def test_custom_positions_beyond_the_table_are_not_numbers():

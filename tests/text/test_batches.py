@@ -26,6 +26,16 @@ def rows_of(dataset):
     return np.concatenate([rows for _, rows in dataset._plan])
 
 
+def test_padding_of_another_id():
+    dataset = BucketedBatches([[2, 3], [4]], segment_ids=[[1, 1], [1]], padding_id=9)
+    ((tokens, segments),) = dataset[0]
+    assert (tokens[:2, :3].tolist(), set(tokens[:, 2:].ravel())) == (
+        [[2, 3, 9], [4, 9, 9]],
+        {9},
+    )
+    assert segments[0].tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
+
+
 @pytest.mark.parametrize("seed", [None, 0])
 @pytest.mark.parametrize("batch_size", [1, 8, 64])
 def test_every_row_once_in_few_shapes(data, seed, batch_size):

@@ -99,6 +99,9 @@ def test_hidden_tokens_between_others_would_move_positions_that_are_counted():
     np.testing.assert_array_equal(model_inputs(roberta, ends), [[3, 4, 1, 1]])
     with pytest.raises(ValueError, match="attention_mask must be 1 for all input_ids but 1"):
         model_inputs(roberta, {**ends, "attention_mask": [[1, 0, 1, 1]]})
+    placed = build_transformer_model(SIZES, model="roberta", custom_position_ids=True)
+    with pytest.raises(ValueError, match="must be without custom_position_ids"):
+        model_inputs(placed, ends)
 
 
 def test_both_sides_of_a_t5():

@@ -27,8 +27,9 @@ def tokenizer_padding(directory: str | os.PathLike) -> tuple[int, str] | None:
         directory: with the files of a tokenizer, or without.
 
     Example:
-        >>> _ = Path("vocab.txt").write_text("[UNK]\\n[PAD]\\n")
-        >>> tokenizer_padding(".")
+        >>> Path("tokenizer").mkdir()
+        >>> _ = Path("tokenizer/vocab.txt").write_text("[UNK]\\n[PAD]\\n")
+        >>> tokenizer_padding("tokenizer")
         (1, 'vocab.txt')
     """
     directory = Path(directory)

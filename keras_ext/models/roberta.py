@@ -178,8 +178,24 @@ class RoBERTa(BERT, family="roberta"):
 
 
 class XLMRoBERTa(RoBERTa, family="xlm-roberta"):
-    """The sizes of an XLM-RoBERTa, a RoBERTa of a hundred languages."""
+    """The sizes of an XLM-RoBERTa, a RoBERTa of a hundred languages.
+
+    Example:
+        >>> sizes = {"vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 2}
+        >>> sizes |= {"num_attention_heads": 2, "intermediate_size": 32}
+        >>> model = build_transformer_model(sizes, model="xlm-roberta")
+        >>> model(np.array([[0, 31, 2, 1]])).shape[-1]
+        16
+    """
 
 
 class CamemBERT(RoBERTa, family="camembert"):
-    """The sizes of a CamemBERT, a RoBERTa of French."""
+    """The sizes of a CamemBERT, a RoBERTa of French.
+
+    Example:
+        >>> sizes = {"vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 2}
+        >>> sizes |= {"num_attention_heads": 2, "intermediate_size": 32}
+        >>> model = build_transformer_model(sizes, model="camembert")
+        >>> model(np.array([[0, 31, 2, 1]])).shape[-1]
+        16
+    """

@@ -209,8 +209,10 @@ class EfficientGlobalPointer(GlobalPointer):
     def _scores(self, inputs: Any) -> Any:
         shared = self.dense(inputs)
         batch, length = ops.shape(inputs)[:2]
-        query, key = ops.unstack(ops.reshape(shared, (batch, length, 1, -1, 2)), axis=-1)
-        types = ops.reshape(self.type_dense(shared) / 2, (batch, length, -1, 2))
+        query, key = ops.unstack(
+            ops.reshape(shared, (batch, length, 1, self.head_size, 2)), axis=-1
+        )
+        types = ops.reshape(self.type_dense(shared) / 2, (batch, length, self.heads, 2))
         end, start = ops.unstack(ops.transpose(types, (3, 0, 2, 1)))  # (batch, heads, length)
         scores = span_scores(query, key, self.rope)  # (batch, 1, length, length)
         return scores + ops.expand_dims(start, -1) + ops.expand_dims(end, -2)

@@ -45,10 +45,9 @@ class Adapter:
     def merged(self) -> np.ndarray:
         """W, in the dtype of W0."""
         start = ops.convert_to_numpy(self.weight)
-        a, b = (np.asarray(ops.convert_to_numpy(x), "float32") for x in (self.a, self.b))
         # In float64, so that W is W0 + s A B rounded once.
-        change = self.scale * np.matmul(a.astype("float64"), b.astype("float64"))
-        return (start.astype("float64") + change).astype(start.dtype)
+        a, b = (ops.convert_to_numpy(x).astype("float64") for x in (self.a, self.b))
+        return (start.astype("float64") + self.scale * (a @ b)).astype(start.dtype)
 
 
 def base_weight(layer: Any) -> keras.Variable | None:
